@@ -1,0 +1,159 @@
+"""The engine directory: what it holds, and `manifest.json`, which describes it.
+
+    engine/
+      manifest.json         this schema; written last, so a directory without it is no engine
+      model.onnx            decoder graph with ForkAttention nodes (domain `apar`)
+      model_portable.onnx   the same decoder in standard operators only (tree-mask Attention)
+      model.onnx.data       external data that both graphs share
+      tokenizer.json, tokenizer_config.json, ...
+
+The schema is versioned by `format_version`; the contract of the ForkAttention node by `abi_version`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from apar.export.errors import EngineError
+
+FORMAT_VERSION = 1
+ABI_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+GRAPH_NAME = "model.onnx"
+PORTABLE_GRAPH_NAME = "model_portable.onnx"
+WEIGHTS_NAME = "model.onnx.data"
+
+DTYPES = ("float32", "float16", "bfloat16")
+KV_DTYPES = ("float32", "float16")
+QUANTIZATIONS = ("none", "int8", "int4")
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderConfig:
+    """Shape of a Llama-family decoder, as the graph and every executor need it."""
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    rms_norm_eps: float
+    max_context: int
+    rope_inv_freq: tuple[float, ...]
+    """Inverse frequencies after any RoPE scaling, `head_dim // 2` of them; angle = position * inv_freq."""
+    rope_scale: float = 1.0
+    """Factor on cos and sin (YaRN's attention factor; 1 elsewhere)."""
+    attention_bias: bool = False
+    """q, k, v and o projections have biases."""
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = False
+
+    @property
+    def qkv_size(self) -> int:
+        """Width of the packed q, k, v projection: (num_heads + 2 * num_kv_heads) * head_dim."""
+        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+
+    def kv_bytes_per_token(self, kv_dtype: str) -> int:
+        """Bytes that one token's keys and values take over all layers."""
+        width = 4 if kv_dtype == "float32" else 2
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * width
+
+
+@dataclass(frozen=True, slots=True)
+class TokenIds:
+    """Ids that decoding itself must know (APAR's [Fork] is `[SplitMask]`, [Child] is `[SplitSop]`)."""
+
+    fork: int
+    child: int
+    eos: tuple[int, ...]
+    bos: int | None = None
+    pad: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """Contents of `manifest.json`."""
+
+    decoder: DecoderConfig
+    tokens: TokenIds
+    block_size: int
+    dtype: str = "float32"
+    """Type in which unquantised weights are stored; arithmetic on the CPU is float32."""
+    kv_dtype: str = "float32"
+    """Element type of the KV pools of `model.onnx` (the portable graph always uses float32)."""
+    quantize: str = "none"
+    group_size: int = 0
+    """Input channels that share a scale in quantised matrices; 0 where nothing is quantised."""
+    source: str = ""
+    """Name of the checkpoint directory, for people."""
+    apar_version: str = ""
+    files: dict[str, int] = field(default_factory=dict)
+    """Size in bytes of every other file of the engine: a truncated copy is found at load."""
+    format_version: int = FORMAT_VERSION
+    abi_version: int = ABI_VERSION
+
+    def save(self, directory: Path) -> None:
+        """Write `manifest.json` into `directory`, atomically."""
+        target = directory / MANIFEST_NAME
+        partial = target.with_suffix(".json.partial")
+        partial.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
+        partial.replace(target)
+
+    @classmethod
+    def load(cls, directory: Path) -> Manifest:
+        """Read and check an engine directory's manifest.
+
+        Raises EngineError if the directory is no engine, is of another version, or lacks files.
+        """
+        path = directory / MANIFEST_NAME
+        if not directory.is_dir():
+            raise EngineError(f"{directory} is not a directory; give an engine built with `apar build CHECKPOINT -o DIR`")
+        if not path.is_file():
+            raise EngineError(
+                f"{directory} holds no {MANIFEST_NAME}, so it is no engine or its build did not finish; "
+                "build it with `apar build CHECKPOINT -o DIR`"
+            )
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise EngineError(f"{path} cannot be read as JSON ({error}); build the engine again") from error
+        manifest = cls._from_json(data, path)
+        manifest._check_files(directory)
+        return manifest
+
+    @classmethod
+    def _from_json(cls, data: Any, path: Path) -> Manifest:
+        if not isinstance(data, dict) or "format_version" not in data:
+            raise EngineError(f"{path} has no format_version, so it is not an engine manifest; build the engine again")
+        for key, ours in (("format_version", FORMAT_VERSION), ("abi_version", ABI_VERSION)):
+            if data.get(key) != ours:
+                raise EngineError(
+                    f"{path} has {key} {data.get(key)}, this version of APAR reads {ours}; "
+                    "build the engine again with the installed `apar build`"
+                )
+        try:
+            decoder = dict(data["decoder"])
+            decoder["rope_inv_freq"] = tuple(float(f) for f in decoder["rope_inv_freq"])
+            tokens = dict(data["tokens"])
+            tokens["eos"] = tuple(int(i) for i in tokens["eos"])
+            rest = {k: v for k, v in data.items() if k not in ("decoder", "tokens")}
+            return cls(decoder=DecoderConfig(**decoder), tokens=TokenIds(**tokens), **rest)
+        except (KeyError, TypeError, ValueError) as error:
+            raise EngineError(f"{path} does not follow the manifest schema ({error}); build the engine again") from error
+
+    def _check_files(self, directory: Path) -> None:
+        for name, size in self.files.items():
+            path = directory / name
+            if not path.is_file():
+                raise EngineError(f"engine file {path} is missing; copy the whole directory or build the engine again")
+            if path.stat().st_size != size:
+                raise EngineError(
+                    f"engine file {path} has {path.stat().st_size} bytes, the manifest says {size}; "
+                    "copy the engine again or build it again"
+                )

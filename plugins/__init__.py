@@ -1,0 +1,1 @@
+"""ForkAttention: the native kernels and where to find the built library."""

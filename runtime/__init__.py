@@ -1,0 +1,1 @@
+"""Decoding in branches: requests, KV blocks, scheduling, sampling, text, executors, command line."""
