@@ -1,1 +1,88 @@
 """ForkAttention: the native kernels and where to find the built library."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+from apar.export.errors import PluginError
+from apar.export.manifest import ABI_VERSION
+
+LIBRARY_NAME = "apar_onnxruntime.dll" if sys.platform == "win32" else "libapar_onnxruntime.so"
+LIBRARY_VARIABLE = "APAR_PLUGIN_LIBRARY"
+"""Environment variable that names the library's file and goes before every other place."""
+
+_REMEDY = (
+    "Install apar again on a machine with a C++ compiler and the headers of ONNX Runtime "
+    "(ONNXRUNTIME_INCLUDE_DIR=FOLDER tells where they are; `-C cmake.define.APAR_NATIVE=REQUIRED` makes their absence "
+    "an error), or set " + LIBRARY_VARIABLE + " to a built library."
+)
+
+
+def library_path() -> Path:
+    """Return the built custom-operator library for ONNX Runtime.
+
+    Raises PluginError where there is none. Engines then still run their portable graph.
+    """
+    given = os.environ.get(LIBRARY_VARIABLE)
+    if given:
+        path = Path(given)
+        if not path.is_file():
+            raise PluginError(f"{LIBRARY_VARIABLE} is {given!r}, which is no file; correct it or unset it")
+        return path.resolve()
+    for path in _candidates():
+        if path.is_file():
+            return path.resolve()
+    raise PluginError(
+        f"apar was installed without its native library ({LIBRARY_NAME}), so only the portable graph runs here. {_REMEDY}"
+    )
+
+
+def abi_version(path: Path) -> int:
+    """Return the ForkAttention ABI version of the library at `path`.
+
+    Raises PluginError if it cannot be loaded or has another version than this package.
+    """
+    version = _call(path, "apar_abi_version", ctypes.c_int)
+    if version != ABI_VERSION:
+        raise PluginError(f"{path} has ForkAttention ABI {version}, this version of apar needs {ABI_VERSION}. {_REMEDY}")
+    return ABI_VERSION
+
+
+def cpu_isa(path: Path) -> str:
+    """Return the instruction set whose kernels the library at `path` runs on this processor, such as `avx512`.
+
+    Raises PluginError if it cannot be loaded.
+    """
+    name = _call(path, "apar_cpu_isa", ctypes.c_char_p)
+    return name.decode("ascii") if isinstance(name, bytes) else ""
+
+
+def _candidates() -> Iterator[Path]:
+    """Places of the library: beside this package, then where the installer put it (an editable install
+    leaves the sources in the checkout and the library among the installed files)."""
+    for folder in __path__:
+        yield Path(folder) / LIBRARY_NAME
+    try:
+        files = metadata.files("apar") or []
+    except metadata.PackageNotFoundError:
+        return
+    for file in files:
+        if file.name == LIBRARY_NAME:
+            yield Path(str(file.locate()))
+
+
+def _call(path: Path, function: str, result: type[ctypes.c_int] | type[ctypes.c_char_p]) -> object:
+    try:
+        symbol = getattr(ctypes.CDLL(str(path)), function)
+    except OSError as error:
+        raise PluginError(f"{path} cannot be loaded ({error}). {_REMEDY}") from error
+    except AttributeError as error:
+        raise PluginError(f"{path} is no library of apar: it lacks {function}. {_REMEDY}") from error
+    symbol.argtypes = []
+    symbol.restype = result
+    return symbol()
