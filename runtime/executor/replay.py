@@ -212,11 +212,18 @@ class ReplayExecutor(Executor):
             )
         token = inputs.input_ids
         mix = _mix(token, inputs.position_ids)
-        chosen = np.zeros(count.size, bool)
-        chosen[rows] = True
-        flat = np.flatnonzero(chosen[row] & (inputs.slot_mapping >= 0))
-        local = np.cumsum(chosen)[row[flat]] - 1  # index of each token's row in `rows`
-        if inputs.tree_mask.shape[1]:
+        plain_decode = rows.size == row.size  # every row is here and has one token: by far the commonest step
+        if plain_decode:
+            flat = local = rows
+        else:
+            chosen = np.zeros(count.size, bool)
+            chosen[rows] = True
+            flat = np.flatnonzero(chosen[row] & (inputs.slot_mapping >= 0))
+            local = np.cumsum(chosen)[row[flat]] - 1  # index of each token's row in `rows`
+        if plain_decode:
+            state[:] = self._next(origin, token)
+            hashes, depth = path_hash + mix, start
+        elif inputs.tree_mask.shape[1]:
             parent = self._parents(inputs.tree_mask, inputs.query_start, row, offset, flat)
             hashes = np.zeros(row.size, np.uint64)
             depth = np.zeros(row.size, np.int32)
@@ -236,7 +243,8 @@ class ReplayExecutor(Executor):
         wrong = depth[flat] != inputs.position_ids[flat]
         if wrong.any():
             at = int(flat[wrong.argmax()])
-            raise ExecutorError(f"row {row[at]}: position_ids says {inputs.position_ids[at]}, the path says {depth[at]}")
+            said = inputs.position_ids[at]
+            raise ExecutorError(f"row {row[at]}: position_ids says {said}, the path says {depth[at]}")
         # A draft may be wrong; what a row starts with, and a prompt, may not.
         sure = (offset[flat] == 0) | fresh[local]
         lost = sure & (state[flat] == OFF)

@@ -104,8 +104,9 @@ class Script:
             segments = [(int(main), int(detail)) for main, detail in tree["segments"]]
         except (KeyError, TypeError, ValueError) as error:
             raise ExecutorError(f"recorded tree {index} lacks prompt_tokens or segments: {error!r}") from error
-        if prompt < 2 + self._width:
-            raise ExecutorError(f"recorded tree {index}: the prompt takes at least {2 + self._width} tokens, not {prompt}")
+        least = 2 + self._width
+        if prompt < least:
+            raise ExecutorError(f"recorded tree {index}: the prompt takes at least {least} tokens, not {prompt}")
         if not segments or any(main < 1 or detail < 0 for main, detail in segments):
             raise ExecutorError(f"recorded tree {index}: every segment needs main_tokens >= 1 and detail_tokens >= 0")
         return prompt, segments
