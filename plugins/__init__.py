@@ -38,7 +38,7 @@ def library_path() -> Path:
         if path.is_file():
             return path.resolve()
     raise PluginError(
-        f"apar was installed without its native library ({LIBRARY_NAME}), so only the portable graph runs here. {_REMEDY}"
+        f"apar was installed without its native library ({LIBRARY_NAME}), so only the portable graph runs. {_REMEDY}"
     )
 
 
@@ -49,7 +49,9 @@ def abi_version(path: Path) -> int:
     """
     version = _call(path, "apar_abi_version", ctypes.c_int)
     if version != ABI_VERSION:
-        raise PluginError(f"{path} has ForkAttention ABI {version}, this version of apar needs {ABI_VERSION}. {_REMEDY}")
+        raise PluginError(
+            f"{path} has ForkAttention ABI {version}, this version of apar needs {ABI_VERSION}. {_REMEDY}"
+        )
     return ABI_VERSION
 
 

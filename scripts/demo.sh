@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Install APAR into an environment of its own (.venv-demo) and let the bundled tiny model answer, branches live:
+#
+#   scripts/demo.sh ["a prompt"] [option of `apar generate`...]
+set -euo pipefail
+. "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
+
+find_python
+ensure_compiler
+lock_build
+use_venv .venv-demo ""
+install_apar "$(digest_of export runtime plugins)" .
+seal_venv
+unlock_build
+
+if [ $# = 0 ]; then
+  set -- "Give me three tips for a good night's sleep."
+fi
+exec "$venv/bin/apar" generate tiny "$@"

@@ -1,0 +1,103 @@
+# Shared by the scripts beside it; to be sourced from bash. Leaves the caller in the checkout's root.
+#
+# Environment: PYTHON (interpreter for new virtual environments), APAR_NATIVE (AUTO, REQUIRED or OFF),
+# APAR_WERROR (ON: compiler warnings are errors).
+
+unset CDPATH
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
+root=$PWD
+export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
+
+say() { printf -- '-- %s\n' "$*"; }
+
+fail() {
+  printf -- 'error: %s\n' "$*" >&2
+  exit 1
+}
+
+can_apt() { [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; }
+
+# apt_install PACKAGE...: only as root on Debian and its kin.
+apt_install() {
+  say "installing $* with apt-get"
+  apt-get -q update >/dev/null && DEBIAN_FRONTEND=noninteractive apt-get -qy install --no-install-recommends "$@" >/dev/null
+}
+
+# Set `python` to an interpreter that APAR runs on.
+find_python() {
+  local candidate
+  for candidate in "${PYTHON:-python3}" python3.13 python3.12 python3.11 python3.10; do
+    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+      python=$candidate
+      return
+    fi
+  done
+  fail "APAR needs Python 3.10 or newer; '${PYTHON:-python3}' is $("${PYTHON:-python3}" --version 2>&1 || true). \
+Install one and name it: PYTHON=/path/to/python3 $0"
+}
+
+# A C++ compiler builds the native kernels; without one APAR still runs its portable graph.
+ensure_compiler() {
+  [ "${APAR_NATIVE:-}" = OFF ] && return
+  if [ -n "${CXX:-}" ] || command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null; then
+    return
+  fi
+  if can_apt && apt_install g++ libc6-dev; then
+    return
+  fi
+  say "warning: no C++ compiler found, so the native kernels cannot be built (install g++ or set CXX)"
+}
+
+digest() { sha256sum | cut -d ' ' -f 1; }
+
+# Digest of the files below the paths given.
+digest_of() { find "$@" -type f ! -name '*.pyc' -print0 | LC_ALL=C sort -z | xargs -0 sha256sum | digest; }
+
+# use_venv FOLDER KEY: create the virtual environment, anew if it is broken, moved, or was made for another KEY, Python or
+# pyproject.toml. Sets `venv_python` (run programs as `"$venv_python" -m NAME`) and `venv_fresh` (1: nothing installed yet).
+use_venv() {
+  venv=$root/$1
+  venv_python=$venv/bin/python
+  venv_key=$(printf '%s\n' "$venv" "$2" "$("$python" -VV)" "$(digest_of pyproject.toml)" | digest)
+  venv_fresh=
+  if [ "$(cat "$venv/.apar-key" 2>/dev/null)" = "$venv_key" ] && "$venv_python" -c 'import pip' 2>/dev/null; then
+    return
+  fi
+  if ! "$python" -c 'import venv, ensurepip' 2>/dev/null; then
+    can_apt && apt_install python3-venv || true
+    "$python" -c 'import venv, ensurepip' 2>/dev/null ||
+      fail "'$python' cannot make virtual environments; install its venv module (Debian and Ubuntu: apt-get install python3-venv)"
+  fi
+  say "creating the virtual environment $1 ($("$python" --version))"
+  rm -rf -- "$venv"
+  "$python" -m venv "$venv" || fail "cannot create $venv; is the folder writable for $(id -un)?"
+  venv_fresh=1
+}
+
+# Everything asked for is installed: the next run may keep it.
+seal_venv() { printf '%s\n' "$venv_key" >"$venv/.apar-key"; }
+
+pip_install() { "$venv_python" -m pip install -q "$@" </dev/null; }
+
+# install_apar KEY PIP-ARGUMENT...: install the checkout unless it is installed already with the same KEY.
+install_apar() {
+  local key
+  key=$(printf '%s\n' "$1" "${ONNXRUNTIME_INCLUDE_DIR:-}" "${CXX:-}" "${APAR_NATIVE:-}" "${APAR_WERROR:-}" | digest)
+  shift
+  [ "$(cat "$venv/.apar-installed" 2>/dev/null)" = "$key" ] && return
+  say "building and installing apar"
+  rm -f -- "$venv/.apar-installed"
+  pip_install -C "cmake.define.APAR_NATIVE=${APAR_NATIVE:-AUTO}" -C "cmake.define.APAR_WERROR=${APAR_WERROR:-OFF}" "$@"
+  printf '%s\n' "$key" >"$venv/.apar-installed"
+}
+
+# Two runs at a time must not build in the same folder.
+lock_build() {
+  mkdir -p build
+  if command -v flock >/dev/null; then
+    exec 9>build/.lock
+    flock -n 9 || { say "waiting for another run in this checkout"; flock 9; }
+  fi
+}
+
+unlock_build() { exec 9>&-; }
