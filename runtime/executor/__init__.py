@@ -1,1 +1,41 @@
 """Executors run steps of an engine; one file a backend, one interface (`base`)."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from apar.export.errors import ExecutorError
+from apar.runtime.executor.base import Executor
+
+__all__ = ["EXECUTORS", "Executor", "load_executor"]
+
+EXECUTORS = {
+    "onnx": ("apar.runtime.executor.onnx", "OnnxExecutor"),
+    "torch": ("apar.runtime.executor.torch_executor", "TorchExecutor"),
+}
+
+
+def load_executor(engine: Path, name: str = "auto", **options: Any) -> Executor:
+    """Load an engine directory with the executor called `name`; "auto" is onnx, which runs everywhere.
+
+    Options are those of the executor's constructor, such as `num_blocks`.
+    Raises ExecutorError for an unknown name or option, and what the constructor raises.
+    """
+    if name == "auto":
+        name = "onnx"
+    if name not in EXECUTORS:
+        raise ExecutorError(f"there is no executor {name!r}; executors are: auto, {', '.join(EXECUTORS)}")
+    module, attribute = EXECUTORS[name]
+    try:
+        kind = getattr(import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        raise ExecutorError(f"the {name} executor needs the package {error.name}, which is not installed") from error
+    try:
+        executor: Executor = kind(Path(engine), **options)
+    except TypeError as error:
+        if "keyword argument" not in str(error):
+            raise
+        raise ExecutorError(f"the {name} executor does not take these options: {error}") from error
+    return executor

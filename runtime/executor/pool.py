@@ -1,0 +1,59 @@
+"""How many blocks a KV pool gets when nobody says so."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from apar.export.errors import ExecutorError
+from apar.export.manifest import Manifest
+
+DEFAULT_CONTEXTS = 8
+DEFAULT_SHARE = 0.25
+MAX_SLOTS = 2**31 - 1
+
+
+def available_memory() -> int:
+    """Bytes that can still be allocated without swapping, by the kernel's estimate and the container's limit."""
+    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                found.append(int(line.split()[1]) * 1024)
+    except (OSError, ValueError, IndexError):
+        pass
+    try:
+        limit, used = (Path("/sys/fs/cgroup", name).read_text(encoding="ascii") for name in ("memory.max", "memory.current"))
+        found.append(max(0, int(limit) - int(used)))
+    except (OSError, ValueError):
+        pass
+    return min(found)
+
+
+def pool_blocks(manifest: Manifest, kv_dtype: str, num_blocks: int | None, kv_memory_bytes: int | None) -> int:
+    """Blocks of a pool: `num_blocks` if given, else what fits `kv_memory_bytes`, else the default.
+
+    The default holds eight full contexts, but takes at most a quarter of the memory that is free; the pool
+    costs memory only where it has been written.
+    Raises ExecutorError if both are given, or the result is no usable pool.
+    """
+    block_bytes = manifest.decoder.kv_bytes_per_token(kv_dtype) * manifest.block_size
+    if num_blocks is not None and kv_memory_bytes is not None:
+        raise ExecutorError("give num_blocks or kv_memory_bytes, not both")
+    if num_blocks is None:
+        context = -(-manifest.decoder.max_context // manifest.block_size)
+        if kv_memory_bytes is not None:
+            num_blocks = kv_memory_bytes // block_bytes
+        else:
+            num_blocks = min(DEFAULT_CONTEXTS * context, int(DEFAULT_SHARE * available_memory()) // block_bytes)
+        if num_blocks < 1:
+            raise ExecutorError(
+                f"one block of {manifest.block_size} tokens takes {block_bytes} bytes over all layers, which is more "
+                "than the memory for the KV pool; give more with kv_memory_bytes, or free some"
+            )
+        num_blocks = min(num_blocks, MAX_SLOTS // manifest.block_size)
+    if num_blocks < 1:
+        raise ExecutorError(f"num_blocks must be at least 1, not {num_blocks}")
+    if num_blocks * manifest.block_size > MAX_SLOTS:
+        raise ExecutorError(f"{num_blocks} blocks of {manifest.block_size} tokens are more than {MAX_SLOTS} slots")
+    return num_blocks
