@@ -1,0 +1,94 @@
+"""Requests and their branches, as people think of them. The numbers of live branches are in `branch_table`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from apar.runtime.outputs import FinishReason, Logprob
+from apar.runtime.sampling_params import SamplingParams
+
+
+class RequestState(Enum):
+    """Where a request is. A preempted request waits again; its branches keep their tokens."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Branch:
+    """One decoding path of a request.
+
+    While the branch lives, its path (token ids from the prompt on) stands in the branch table at `slot`;
+    when it ends, its own tokens move to `tokens` and the slot is free for another branch.
+    """
+
+    branch_id: int
+    parent: Branch | None
+    depth: int
+    ordinal: int
+    """How many forks of the parent came before this one."""
+    start: int
+    """Path position of the first token that this branch sampled itself."""
+    key: int
+    """Key of the branch's random stream."""
+    slot: int = -1
+    forks: list[int] = field(default_factory=list)
+    """Path positions of this branch's [Fork]s."""
+    children: list[Branch] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    """Own tokens, filled in when the branch ends: sampled ones, without a final end-of-sequence token."""
+    finish_reason: FinishReason | None = None
+    first_step: int = -1
+    last_step: int = -1
+    logprobs: list[Logprob] | None = None
+    digests: list[bytes] = field(default_factory=list)
+    """Chain digests of the path's leading full blocks, as far as anyone has asked for them."""
+    parked: bool = False
+    """Its blocks were taken because the pool is too small for all branches of its request at once."""
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A prompt and the tree of branches that answers it."""
+
+    request_id: str
+    prompt: Sequence[int]
+    params: SamplingParams
+    seed: int
+    prepared: Any
+    """The sampler's digest of `params`, shared by all branches."""
+    arrival: int
+    """Order of arrival; the scheduler's queue is sorted by (priority, arrival)."""
+    priority: int = 0
+    state: RequestState = RequestState.WAITING
+    index: int = -1
+    """Row of the scheduler's per-request arrays while admitted."""
+    branches: list[Branch] = field(default_factory=list)
+    live: list[Branch] = field(default_factory=list)
+    """Live branches by id: the order of rows in a step."""
+    sampled: int = 0
+    """Tokens sampled over the whole tree; kept in the scheduler's arrays while admitted."""
+    cached_tokens: int = 0
+    peak_blocks: int = 0
+    preemptions: int = 0
+    first_step: int = -1
+    last_step: int = -1
+    steps: int = 0
+    """Steps in which the request sampled at least one token."""
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+
+    @property
+    def root(self) -> Branch:
+        """Branch 0."""
+        return self.branches[0]
+
+    @property
+    def sort_key(self) -> tuple[int, int]:
+        """First come, first served within a priority; a lower priority value goes first."""
+        return (self.priority, self.arrival)

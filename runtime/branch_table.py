@@ -1,0 +1,78 @@
+"""Live branches in arrays: one slot a branch, so that a step's work is a few NumPy calls and no loop."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from apar.runtime.branch import Branch
+from apar.runtime.kv_cache import KVCacheError
+
+NO_LIMIT = np.iinfo(np.int32).max
+
+
+class BranchTable:
+    """Structure of arrays over the slots of live branches.
+
+    Args:
+        capacity: slots, the most branches that can be alive in the server.
+        max_context: longest path in tokens.
+        block_size: slots of a KV block.
+    """
+
+    def __init__(self, capacity: int, max_context: int, block_size: int) -> None:
+        self.capacity = capacity
+        self.block_size = block_size
+        width = -(-max_context // block_size)
+        # np.empty: pages of paths that nobody wrote are never touched.
+        self.tokens = np.empty((capacity, max_context + 2), dtype=np.int32)
+        """Path tokens; `tokens[s, :length[s]]` is the whole path, prompt included."""
+        self.block_table = np.full((capacity, width), -1, dtype=np.int32)
+        self.length = np.zeros(capacity, dtype=np.int32)
+        self.computed = np.zeros(capacity, dtype=np.int32)
+        """How many leading tokens of the path have K/V in the listed blocks."""
+        self.num_blocks = np.zeros(capacity, dtype=np.int32)
+        self.copy_tail = np.zeros(capacity, dtype=np.int32)
+        """1 where the last listed block is the parent's, partly filled: it is to be copied before use."""
+        self.limit = np.zeros(capacity, dtype=np.int32)
+        """Path length at which the branch has to end."""
+        self.request = np.zeros(capacity, dtype=np.int32)
+        self.depth = np.zeros(capacity, dtype=np.int32)
+        self.start = np.zeros(capacity, dtype=np.int32)
+        """Path position of the branch's first own token."""
+        self.share = np.zeros(capacity, dtype=np.int32)
+        """Leading blocks known to be the same as in the request's other branches."""
+        self.first_step = np.zeros(capacity, dtype=np.int64)
+        """Step in which the branch sampled its first token."""
+        self.branches: list[Branch | None] = [None] * capacity
+        self._free = list(range(capacity - 1, -1, -1))
+
+    @property
+    def num_free(self) -> int:
+        """Slots that `take` can still give."""
+        return len(self._free)
+
+    def take(self, branch: Branch) -> int:
+        """Give `branch` a slot with an empty path and no blocks."""
+        if not self._free:
+            raise KVCacheError(f"all {self.capacity} branch slots are taken")
+        slot = self._free.pop()
+        branch.slot = slot
+        self.branches[slot] = branch
+        self.length[slot] = 0
+        self.computed[slot] = 0
+        self.num_blocks[slot] = 0
+        self.copy_tail[slot] = 0
+        self.first_step[slot] = -1
+        self.share[slot] = NO_LIMIT
+        return slot
+
+    def give_back(self, branch: Branch) -> None:
+        """Free the branch's slot; its blocks must have been released."""
+        slot = branch.slot
+        self.branches[slot] = None
+        branch.slot = -1
+        self._free.append(slot)
+
+    def blocks(self, slot: int) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+        """The blocks listed by a slot (a view)."""
+        return self.block_table[slot, : self.num_blocks[slot]]
