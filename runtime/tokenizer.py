@@ -19,7 +19,7 @@ import tokenizers
 from apar.export.errors import CapacityError, RequestError, TokenizerError
 from apar.export.manifest import Manifest, TokenIds
 from apar.runtime import tokenizer_json
-from apar.runtime.tokenizer_json import REMEDY, TOKENIZER_NAME
+from apar.runtime.tokenizer_json import REMEDY, TOKENIZER_NAME, AddedToken
 
 CONFIG_NAME = "tokenizer_config.json"
 SPECIAL_TOKENS_NAME = "special_tokens_map.json"
@@ -58,6 +58,7 @@ class Tokenizer:
         """Decoding drops one blank at the start of a piece: the dummy prefix of SentencePiece."""
 
         strings = tokenizer_json.id_strings(model)
+        self._add_named_tokens({string: token_id for token_id, string in strings.items()})
         size = max([vocab_size, *(i + 1 for i in strings), *(t.token_id + 1 for t in self.added_tokens)])
         control = {tokens.fork, tokens.child, *tokens.eos}
         control.update(i for i in (tokens.bos, tokens.pad) if i is not None)
@@ -151,6 +152,11 @@ class Tokenizer:
         close()
         return result
 
+    def check_length(self, chars: int) -> None:
+        """Raise CapacityError where a prompt of so many characters exceeds `max_chars`."""
+        if self.max_chars is not None and chars > self.max_chars:
+            raise CapacityError(f"text of {chars} characters exceeds the limit of {self.max_chars}; shorten it")
+
     def token_bytes(self, token_id: int) -> bytes:
         """Bytes that a token adds to the text (possibly part of a character; empty for control tokens)."""
         if not 0 <= token_id < len(self._bytes):
@@ -174,23 +180,27 @@ class Tokenizer:
             raise RequestError(f"text must be a string, not {type(text).__name__}")
         if not text:
             return []
-        if self.max_chars is not None and len(text) > self.max_chars:
-            raise CapacityError(f"text of {len(text)} characters exceeds the limit of {self.max_chars}; shorten it")
+        self.check_length(len(text))
         check_text(text)
         ids: list[int] = encoder.encode(text, add_special_tokens=False).ids
         if not self._forbidden.isdisjoint(ids):
             raise TokenizerError("text was encoded as a control token; the tokenizer's model maps ordinary text to one")
         return ids
 
+    def _add_named_tokens(self, ids: dict[str, int]) -> None:
+        """Count the sequence tokens that the config names as added tokens where tokenizer.json does not list them."""
+        known = {token.text for token in self.added_tokens}
+        for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+            string = self.special_string(name)
+            if string in ids and string not in known:
+                known.add(string)
+                self.added_tokens.append(AddedToken(string, ids[string], special=True))
+
     def _render(self, size: int, strings: dict[int, str]) -> list[bytes]:
         table = [b""] * size
-        render = tokenizer_json.byte_level_bytes if self.byte_level else tokenizer_json.sentencepiece_bytes
+        to_bytes = tokenizer_json.byte_level_bytes if self.byte_level else tokenizer_json.sentencepiece_bytes
         for token_id, string in strings.items():
-            table[token_id] = (
-                tokenizer_json.byte_level_bytes(string)
-                if self.byte_level
-                else tokenizer_json.sentencepiece_bytes(string)
-            )
+            table[token_id] = to_bytes(string)
         for token in self.added_tokens:
             table[token.token_id] = token.text.encode("utf-8", errors="replace")
         for token_id in self._silent:
