@@ -18,8 +18,8 @@ LIBRARY_VARIABLE = "APAR_PLUGIN_LIBRARY"
 
 _REMEDY = (
     "Install apar again on a machine with a C++ compiler and the headers of ONNX Runtime "
-    "(ONNXRUNTIME_INCLUDE_DIR=FOLDER tells where they are; `-C cmake.define.APAR_NATIVE=REQUIRED` makes their absence "
-    "an error), or set " + LIBRARY_VARIABLE + " to a built library."
+    "(ONNXRUNTIME_INCLUDE_DIR=FOLDER tells where they are; with `--config-settings=cmake.define.APAR_NATIVE=REQUIRED` "
+    f"pip says what is missing), or set {LIBRARY_VARIABLE} to a built library."
 )
 
 
@@ -58,10 +58,16 @@ def abi_version(path: Path) -> int:
 def cpu_isa(path: Path) -> str:
     """Return the instruction set whose kernels the library at `path` runs on this processor, such as `avx512`.
 
-    Raises PluginError if it cannot be loaded.
+    The environment variable APAR_CPU_ISA overrides the choice. Raises PluginError if it names none that this processor
+    has, or the library cannot be loaded.
     """
     name = _call(path, "apar_cpu_isa", ctypes.c_char_p)
-    return name.decode("ascii") if isinstance(name, bytes) else ""
+    if not isinstance(name, bytes):
+        raise PluginError(
+            f"APAR_CPU_ISA is {os.environ.get('APAR_CPU_ISA')!r}, for which there are no kernels on this processor; "
+            "unset it to let the library choose"
+        )
+    return name.decode("ascii")
 
 
 def _candidates() -> Iterator[Path]:

@@ -77,18 +77,22 @@ use_venv() {
 # Everything asked for is installed: the next run may keep it.
 seal_venv() { printf '%s\n' "$venv_key" >"$venv/.apar-key"; }
 
-pip_install() { "$venv_python" -m pip install -q "$@" </dev/null; }
+pip_install() { "$venv_python" -m pip install -qq "$@" </dev/null; }
 
 # install_apar KEY PIP-ARGUMENT...: install the checkout unless it is installed already with the same KEY.
 install_apar() {
   local key
-  key=$(printf '%s\n' "$1" "${ONNXRUNTIME_INCLUDE_DIR:-}" "${CXX:-}" "${APAR_NATIVE:-}" "${APAR_WERROR:-}" | digest)
+  key=$(printf '%s\n' "$1" "${ONNXRUNTIME_INCLUDE_DIR:-}" "${CXX:-$(command -v c++ || true)}" "${APAR_NATIVE:-}" \
+    "${APAR_WERROR:-}" | digest)
   shift
   [ "$(cat "$venv/.apar-installed" 2>/dev/null)" = "$key" ] && return
   say "building and installing apar"
   rm -f -- "$venv/.apar-installed"
-  pip_install -C "cmake.define.APAR_NATIVE=${APAR_NATIVE:-AUTO}" -C "cmake.define.APAR_WERROR=${APAR_WERROR:-OFF}" "$@"
+  # By environment, since pip before 23.1 has no -C.
+  SKBUILD_CMAKE_DEFINE="APAR_NATIVE=${APAR_NATIVE:-AUTO};APAR_WERROR=${APAR_WERROR:-OFF}" pip_install "$@"
   printf '%s\n' "$key" >"$venv/.apar-installed"
+  "$venv_python" -c 'import apar.plugins; apar.plugins.library_path()' 2>/dev/null ||
+    say "note: built without the native kernels; for the reason run: rm -r ${venv##*/} && pip install -v ."
 }
 
 # Two runs at a time must not build in the same folder.

@@ -70,7 +70,7 @@ function(_apar_fetch_headers folder why_out)
       -o "Dir::Etc::SourceList=/dev/null" -o "Dir::Etc::SourceParts=${work}/sources"
       -o "Dir::State::Lists=${work}/lists" -o "Dir::Cache=${work}/cache"
       -o "Acquire::Retries=1" -o "Acquire::http::Timeout=20" -o "Acquire::https::Timeout=20"
-      -o "Acquire::Languages=none" -o "APT::Sandbox::User=root")
+      -o "Acquire::Languages=none" -o "APT::Update::Error-Mode=any" -o "APT::Sandbox::User=root")
   message(STATUS "apar: fetching the headers of ONNX Runtime (${_apar_package}) through apt-get")
   set(log "${folder}.log")
   foreach(action "update" "download;${_apar_package}")
