@@ -1,0 +1,137 @@
+"""`config.json` of a Llama-family checkpoint, read into a DecoderConfig.
+
+Everything that would change the decoder's arithmetic and that the graph does not have is refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from apar.export.errors import CheckpointError
+from apar.export.manifest import DecoderConfig
+from apar.export.rope import rope_from_config
+
+CONFIG_NAME = "config.json"
+
+
+@dataclass(frozen=True, slots=True)
+class LlamaConfig:
+    """A checkpoint's shape and the token ids it names itself."""
+
+    decoder: DecoderConfig
+    context_limit: int
+    """Longest context that RoPE was made for; `decoder.max_context` is what config.json asks for."""
+    eos: tuple[int, ...]
+    bos: int | None
+    pad: int | None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`. Raises CheckpointError where there is none."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON ({error}); copy the checkpoint again") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, not {type(data).__name__}")
+    return data
+
+
+def read_config(directory: Path) -> LlamaConfig:
+    """Read `config.json` and `generation_config.json` (for further end tokens) of a checkpoint directory."""
+    path = directory / CONFIG_NAME
+    if not path.is_file():
+        raise CheckpointError(
+            f"{directory} holds no {CONFIG_NAME}; give the directory of a checkpoint in the Hugging Face layout"
+        )
+    config = read_json(path)
+    _check_supported(config, path)
+    hidden = _positive(config, "hidden_size", path)
+    heads = _positive(config, "num_attention_heads", path)
+    kv_heads = _positive(config, "num_key_value_heads", path, default=heads)
+    if config.get("head_dim") is None and hidden % heads:
+        raise CheckpointError(f"{path}: hidden_size {hidden} is no multiple of num_attention_heads {heads}")
+    head_dim = _positive(config, "head_dim", path, default=hidden // heads)
+    if heads % kv_heads:
+        raise CheckpointError(f"{path}: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
+    if head_dim % 2:
+        raise CheckpointError(f"{path}: head_dim {head_dim} is odd, RoPE needs an even one")
+    max_position = _positive(config, "max_position_embeddings", path, default=2048)
+    rope = rope_from_config(config, head_dim, max_position)
+    decoder = DecoderConfig(
+        vocab_size=_positive(config, "vocab_size", path),
+        hidden_size=hidden,
+        num_layers=_positive(config, "num_hidden_layers", path),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        intermediate_size=_positive(config, "intermediate_size", path),
+        rms_norm_eps=_epsilon(config, path),
+        max_context=max_position,
+        rope_inv_freq=rope.inv_freq,
+        rope_scale=rope.scale,
+        attention_bias=bool(config.get("attention_bias", False)),
+        mlp_bias=bool(config.get("mlp_bias", False)),
+        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+    )
+    generation = directory / "generation_config.json"
+    more = read_json(generation) if generation.is_file() else {}
+    eos = dict.fromkeys(_token_ids(more, "eos_token_id", generation) + _token_ids(config, "eos_token_id", path))
+    for token in eos:
+        if token >= decoder.vocab_size:
+            raise CheckpointError(f"{path}: eos_token_id {token} is not below vocab_size {decoder.vocab_size}")
+    return LlamaConfig(
+        decoder=decoder,
+        context_limit=rope.context_limit,
+        eos=tuple(eos),
+        bos=next(iter(_token_ids(config, "bos_token_id", path) + _token_ids(more, "bos_token_id", generation)), None),
+        pad=next(iter(_token_ids(config, "pad_token_id", path) + _token_ids(more, "pad_token_id", generation)), None),
+    )
+
+
+def _check_supported(config: Mapping[str, Any], path: Path) -> None:
+    kind = config.get("model_type")
+    architectures = config.get("architectures") or []
+    if kind not in (None, "llama") or (kind is None and not architectures):
+        raise CheckpointError(f"{path}: model_type {kind!r} is not supported; APAR builds model_type 'llama'")
+    if architectures and "LlamaForCausalLM" not in architectures:
+        raise CheckpointError(
+            f"{path}: architecture {', '.join(map(str, architectures))} is not supported; APAR builds LlamaForCausalLM"
+        )
+    if config.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise CheckpointError(f"{path}: hidden_act {config['hidden_act']!r} is not supported; APAR builds 'silu'")
+    if config.get("quantization_config"):
+        method = dict(config["quantization_config"]).get("quant_method", "unknown")
+        raise CheckpointError(
+            f"{path}: the checkpoint is quantised already ({method}), which is not supported; "
+            "give the float checkpoint and quantise in the build (--quantize)"
+        )
+
+
+def _positive(config: Mapping[str, Any], key: str, path: Path, *, default: int | None = None) -> int:
+    value = config.get(key)
+    if value is None:
+        value = default
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise CheckpointError(f"{path}: {key} must be a positive integer, not {value!r}")
+    return value
+
+
+def _epsilon(config: Mapping[str, Any], path: Path) -> float:
+    value = config.get("rms_norm_eps", 1e-6)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
+        raise CheckpointError(f"{path}: rms_norm_eps must be a small positive number, not {value!r}")
+    return float(value)
+
+
+def _token_ids(config: Mapping[str, Any], key: str, path: Path) -> list[int]:
+    """A token id, or a list of them; absent, null and -1 (older checkpoints' "none") are no token."""
+    value = config.get(key)
+    values = value if isinstance(value, list) else [value]
+    if any(isinstance(v, bool) or not isinstance(v, (int, type(None))) for v in values):
+        raise CheckpointError(f"{path}: {key} must be a token id or a list of them, not {value!r}")
+    return [v for v in values if v is not None and v >= 0]

@@ -1,0 +1,211 @@
+"""Checkpoint to engine directory, for ONNX Runtime and for every executor that reads its weights.
+
+Weights stream from the checkpoint's files to the engine's in row chunks. Everything is made in a hidden
+sibling directory, which becomes the engine by one rename after the manifest, the last file, is on disk.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import onnx
+
+from apar.export.attention import ForkAttention, TreeMaskAttention
+from apar.export.checkpoint import Checkpoint
+from apar.export.control_tokens import resolve_tokens
+from apar.export.decoder import build_decoder
+from apar.export.errors import BuildError
+from apar.export.linear import StoredLinear
+from apar.export.manifest import (
+    DTYPES,
+    GRAPH_NAME,
+    KV_DTYPES,
+    MANIFEST_NAME,
+    PORTABLE_GRAPH_NAME,
+    QUANTIZATIONS,
+    WEIGHTS_NAME,
+    Manifest,
+)
+from apar.export.output_directory import OutputDirectory, sync
+from apar.export.quantize import BITS, GROUP_SIZES
+from apar.export.tensor_files import FLOAT_TYPES
+from apar.export.tokenizer_files import read_tokenizer
+from apar.export.weight_plan import Kind, Weight, weight_plan
+from apar.export.weights_file import StoredWeight, WeightsFile
+
+Progress = Callable[[str, int, int], None]
+"""Called with the stage's name ("weights", then "graph"), and bytes done and in all."""
+
+DEFAULT_GROUP_SIZE = 32
+BLOCK_SIZES = (8, 16, 32, 64, 128)
+_SPARE_BYTES = 64 << 20
+
+
+def build(
+    checkpoint: Path,
+    output: Path,
+    *,
+    dtype: str = "float32",
+    quantize: str = "none",
+    group_size: int | None = None,
+    block_size: int = 16,
+    kv_dtype: str = "auto",
+    fork_token: str | int | None = None,
+    child_token: str | int | None = None,
+    max_context: int | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Build the engine directory `output` from the checkpoint directory `checkpoint`.
+
+    Args:
+        dtype: how weights that are not quantised are stored: float32, float16 or bfloat16 (norms and biases
+            are always float32). A quantised build stores its embeddings as float16 where this says float32.
+        quantize: "none", "int8" or "int4" for all projections; int4 keeps lm_head at int8.
+        group_size: input channels that share a scale (32 by default).
+        block_size: tokens in a block of the KV pool.
+        kv_dtype: element type of the pools of `model.onnx`; "auto" is float32 for a plain float32 engine,
+            otherwise float16.
+        fork_token, child_token: string or id of APAR's control tokens where the tokenizer calls them otherwise.
+        max_context: longest path in tokens; by default the checkpoint's max_position_embeddings.
+        overwrite: replace an engine that is already at `output`, at the very end.
+
+    Raises BuildError (options, disk), CheckpointError, TokenizerError. Whatever happens, `output` is
+    afterwards either what it was or a complete engine.
+    """
+    checkpoint, output = Path(checkpoint), Path(output)
+    group_size = _check_options(dtype, quantize, group_size, block_size, kv_dtype)
+    source = Checkpoint.open(checkpoint)
+    tokenizer = read_tokenizer(checkpoint)
+    manifest = Manifest(
+        decoder=replace(source.decoder, max_context=_max_context(source, max_context)),
+        tokens=resolve_tokens(source.config, tokenizer, fork_token, child_token),
+        block_size=block_size,
+        dtype="float16" if quantize != "none" and dtype == "float32" else dtype,
+        kv_dtype=_kv_dtype(kv_dtype, dtype, quantize),
+        quantize=quantize,
+        group_size=group_size,
+        source=checkpoint.resolve().name,
+        apar_version=_version(),
+    )
+    plan = list(weight_plan(manifest.decoder, quantized=quantize != "none"))
+    storage = {weight.name: _storage(weight, manifest) for weight in plan}
+    needed = sum(_stored_bytes(weight, storage[weight.name], group_size) for weight in plan)
+    with OutputDirectory(output, overwrite=overwrite, needed_bytes=needed + _SPARE_BYTES) as directory:
+        weights = _write_weights(source, plan, storage, group_size, directory, progress)
+        if progress:
+            progress("graph", 0, 2)
+        fork = ForkAttention(block_size, manifest.kv_dtype)
+        for done, (name, attention) in enumerate(((GRAPH_NAME, fork), (PORTABLE_GRAPH_NAME, TreeMaskAttention())), 1):
+            model = build_decoder(manifest.decoder, weights, attention, StoredLinear())
+            onnx.save(model, directory / name)
+            onnx.checker.check_model(str(directory / name))
+            if progress:
+                progress("graph", done, 2)
+        tokenizer.write(directory)
+        files = {path.name: path.stat().st_size for path in sorted(directory.iterdir()) if path.name != MANIFEST_NAME}
+        sync(directory)
+        manifest = replace(manifest, files=files)
+        manifest.save(directory)
+        sync(directory)
+    return manifest
+
+
+def _check_options(dtype: str, quantize: str, group_size: int | None, block_size: int, kv_dtype: str) -> int:
+    for name, value, allowed in (
+        ("dtype", dtype, DTYPES),
+        ("quantize", quantize, QUANTIZATIONS),
+        ("kv_dtype", kv_dtype, ("auto", *KV_DTYPES)),
+        ("block_size", block_size, BLOCK_SIZES),
+    ):
+        if value not in allowed:
+            raise BuildError(f"{name} {value!r} is not supported; choose one of {', '.join(map(str, allowed))}")
+    if quantize == "none":
+        if group_size is not None:
+            raise BuildError("group_size has no meaning without quantize; give quantize int8 or int4 too")
+        return 0
+    group_size = DEFAULT_GROUP_SIZE if group_size is None else group_size
+    if group_size not in GROUP_SIZES:
+        raise BuildError(f"group_size {group_size!r} is not supported; choose one of {', '.join(map(str, GROUP_SIZES))}")
+    return group_size
+
+
+def _max_context(source: Checkpoint, wanted: int | None) -> int:
+    if wanted is None:
+        return source.decoder.max_context
+    if not 0 < wanted <= source.config.context_limit:
+        raise BuildError(
+            f"max_context {wanted} is not between 1 and {source.config.context_limit}, "
+            "the longest context that the checkpoint's config.json allows"
+        )
+    return wanted
+
+
+def _kv_dtype(kv_dtype: str, dtype: str, quantize: str) -> str:
+    if kv_dtype != "auto":
+        return kv_dtype
+    return "float32" if dtype == "float32" and quantize == "none" else "float16"
+
+
+def _storage(weight: Weight, manifest: Manifest) -> str:
+    """How a weight is stored: an element type, or a quantisation."""
+    if weight.kind is Kind.VECTOR:
+        return "float32"
+    if weight.kind is Kind.EMBEDDING or manifest.quantize == "none":
+        return manifest.dtype
+    # The logits' error is not averaged out by later layers, and this is a small part of the bytes.
+    return "int8" if weight.name == "lm_head.weight" else manifest.quantize
+
+
+def _stored_bytes(weight: Weight, storage: str, group_size: int) -> int:
+    rows, columns = weight.shape[0], weight.shape[1] if len(weight.shape) > 1 else 1
+    if storage in BITS:
+        groups = -(-columns // group_size)
+        return rows * groups * (group_size * BITS[storage] // 8 + 4)
+    return rows * columns * FLOAT_TYPES[storage].itemsize
+
+
+def _write_weights(
+    source: Checkpoint,
+    plan: Sequence[Weight],
+    storage: Mapping[str, str],
+    group_size: int,
+    directory: Path,
+    progress: Progress | None,
+) -> Mapping[str, StoredWeight]:
+    total = sum(_checkpoint_bytes(source, weight) for weight in plan)
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress:
+            progress("weights", done, total)
+
+    try:
+        with WeightsFile(directory / WEIGHTS_NAME, advance) as file:
+            for weight in plan:
+                kind = storage[weight.name]
+                if kind in BITS:
+                    file.add_grouped(weight, source, BITS[kind], group_size)
+                else:
+                    file.add_plain(weight, source, kind)
+            return file.weights
+    except OSError as error:
+        raise BuildError(f"{directory / WEIGHTS_NAME} cannot be written: {error}") from error
+
+
+def _checkpoint_bytes(source: Checkpoint, weight: Weight) -> int:
+    tensors = [source.tensors[name] for name in weight.sources]
+    return sum(t.shape[0] * t.row_size * FLOAT_TYPES[t.dtype].itemsize for t in tensors)
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("apar")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+

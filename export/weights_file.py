@@ -1,0 +1,178 @@
+"""`model.onnx.data`: weights appended one after another, and the ONNX tensors that point at them."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from apar.export.checkpoint import Checkpoint
+from apar.export.errors import BuildError, CheckpointError
+from apar.export.quantize import quantize_rows
+from apar.export.tensor_files import FLOAT_TYPES, StoredTensor, to_float32
+from apar.export.weight_plan import Weight
+
+_ALIGNMENT, _PAGE, _LARGE = 64, 4096, 1 << 20
+_CHUNK_ELEMENTS = 1 << 20
+_THREADS = 2
+_AHEAD = 4
+_DIRTY_BYTES = 256 << 20
+
+_T = TypeVar("_T")
+_U = TypeVar("_U")
+
+
+@dataclass(frozen=True, slots=True)
+class PlainWeight:
+    """A weight stored as it is (float32, float16 or bfloat16)."""
+
+    tensor: onnx.TensorProto
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedWeight:
+    """A quantised matrix [out, in] in the layout of quantize.py."""
+
+    packed: onnx.TensorProto
+    scales: onnx.TensorProto
+    bits: int
+    group_size: int
+    shape: tuple[int, int]
+
+
+StoredWeight = PlainWeight | GroupedWeight
+
+
+class WeightsFile:
+    """Writes weights in row chunks, so that memory stays bounded whatever a tensor's size."""
+
+    def __init__(self, path: Path, progress: Callable[[int], None]) -> None:
+        """`progress` is told the checkpoint bytes read after each chunk."""
+        self._name = path.name
+        self._file = path.open("wb")
+        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="apar-build")
+        self._progress = progress
+        self._dirty = 0
+        self.weights: dict[str, StoredWeight] = {}
+
+    def __enter__(self) -> WeightsFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        try:
+            if error is None:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+        finally:
+            self._file.close()
+
+    def add_plain(self, weight: Weight, checkpoint: Checkpoint, dtype: str) -> None:
+        """Append `weight` in the element type `dtype`.
+
+        Raises BuildError if a number does not fit it, CheckpointError for one that is not finite.
+        """
+        element = FLOAT_TYPES[dtype]
+
+        def convert(chunk: tuple[StoredTensor, int, int]) -> tuple[npt.NDArray[Any], int]:
+            tensor, start, stop = chunk
+            values = tensor.read(start, stop)
+            read = values.nbytes
+            if values.dtype == element:
+                _check_finite(to_float32(values), tensor)
+                return values, read
+            wide = _check_finite(to_float32(values), tensor)
+            if dtype == "float16" and wide.size and max(-wide.min(), wide.max()) > np.finfo(np.float16).max:
+                raise BuildError(
+                    f"{tensor.path}: tensor {tensor.name} has numbers beyond float16's range; build with dtype bfloat16"
+                )
+            return wide.astype(element), read
+
+        def arrays() -> Iterator[npt.NDArray[Any]]:
+            for values, read in self._in_order(convert, _chunks(weight, checkpoint)):
+                yield values
+                self._progress(read)
+
+        kind = onnx.helper.np_dtype_to_tensor_dtype(element)
+        self.weights[weight.name] = PlainWeight(self._append(weight.name, kind, weight.shape, element.itemsize, arrays()))
+
+    def add_grouped(self, weight: Weight, checkpoint: Checkpoint, bits: int, group_size: int) -> None:
+        """Append the matrix `weight` quantised to `bits` with one scale for `group_size` input channels."""
+        scales: list[npt.NDArray[np.float32]] = []
+        out, columns = weight.shape
+        groups = -(-columns // group_size)
+
+        def quantize(chunk: tuple[StoredTensor, int, int]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32], int]:
+            tensor, start, stop = chunk
+            values = tensor.read(start, stop)
+            packed, scale = quantize_rows(_check_finite(to_float32(values), tensor), bits, group_size)
+            return packed, scale, values.nbytes
+
+        def arrays() -> Iterator[npt.NDArray[Any]]:
+            for packed, scale, read in self._in_order(quantize, _chunks(weight, checkpoint)):
+                scales.append(scale)
+                yield packed
+                self._progress(read)
+
+        blob = group_size * bits // 8
+        packed = self._append(f"{weight.name}.packed", onnx.TensorProto.UINT8, (out, groups, blob), 1, arrays())
+        scale = self._append(f"{weight.name}.scales", onnx.TensorProto.FLOAT, (out, groups), 4, scales)
+        self.weights[weight.name] = GroupedWeight(packed, scale, bits, group_size, (out, columns))
+
+    def _append(
+        self, name: str, kind: int, shape: tuple[int, ...], width: int, arrays: Iterable[npt.NDArray[Any]]
+    ) -> onnx.TensorProto:
+        length = int(np.prod(shape, dtype=np.int64)) * width
+        alignment = _PAGE if length >= _LARGE else _ALIGNMENT
+        offset = -(-self._file.tell() // alignment) * alignment
+        self._file.write(b"\0" * (offset - self._file.tell()))
+        for array in arrays:
+            self._file.write(np.ascontiguousarray(array).view(np.uint8).data)
+            self._dirty += array.nbytes
+            if self._dirty >= _DIRTY_BYTES:  # keep the page cache from filling with dirty pages
+                self._file.flush()
+                os.fdatasync(self._file.fileno())
+                self._dirty = 0
+        tensor = onnx.TensorProto(name=name, data_type=kind, dims=shape, data_location=onnx.TensorProto.EXTERNAL)
+        for key, value in (("location", self._name), ("offset", offset), ("length", length)):
+            tensor.external_data.add(key=key, value=str(value))
+        return tensor
+
+    def _in_order(self, function: Callable[[_T], _U], items: Iterable[_T]) -> Iterator[_U]:
+        """Map over a few threads, results in order, never more than a few items ahead."""
+        waiting: deque[Future[_U]] = deque()
+        try:
+            for item in items:
+                waiting.append(self._pool.submit(function, item))
+                if len(waiting) > _AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _chunks(weight: Weight, checkpoint: Checkpoint) -> Iterator[tuple[StoredTensor, int, int]]:
+    for source in weight.sources:
+        tensor = checkpoint.tensors[source]
+        rows = max(1, _CHUNK_ELEMENTS // max(tensor.row_size, 1))
+        for start in range(0, tensor.shape[0], rows):
+            yield tensor, start, min(start + rows, tensor.shape[0])
+
+
+def _check_finite(values: npt.NDArray[np.float32], tensor: StoredTensor) -> npt.NDArray[np.float32]:
+    if values.size and not (np.isfinite(values.min()) and np.isfinite(values.max())):
+        raise CheckpointError(f"{tensor.path}: tensor {tensor.name} holds NaN or infinity; the checkpoint is damaged")
+    return values

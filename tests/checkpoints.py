@@ -1,0 +1,131 @@
+"""Small random checkpoints in the Hugging Face layout, of every shape that APAR builds (needs torch and transformers)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM
+
+FORK, CHILD = "[SplitMask]", "[SplitSop]"
+VOCAB = 264
+"""Rows of the embedding: the tokenizer has 261 tokens, the rest is padding, as some conversions add it."""
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "mha": {},
+    "gqa": {"num_key_value_heads": 2},
+    "tied": {"tie_word_embeddings": True},
+    "attention_bias": {"attention_bias": True, "num_key_value_heads": 1},
+    "mlp_bias": {"mlp_bias": True},
+    "head_dim": {"head_dim": 24, "num_key_value_heads": 2},
+    "rope_linear": {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}},
+    "rope_llama3": {
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+            "rope_theta": 50000.0,
+        }
+    },
+    "rope_yarn": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+            "rope_theta": 10000.0,
+        }
+    },
+}
+"""What each variant changes in the config of `make_config`."""
+
+
+def make_config(variant: str = "mha", **overrides: Any) -> LlamaConfig:
+    """The config of a decoder with 2 layers, 4 heads and hidden size 64."""
+    settings: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "intermediate_size": 112,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 256,
+        "rms_norm_eps": 1e-5,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    return LlamaConfig(**(settings | VARIANTS[variant] | overrides))
+
+
+def make_checkpoint(
+    directory: Path,
+    variant: str = "mha",
+    *,
+    layout: str = "safetensors",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    tokenizer: bool = True,
+    **overrides: Any,
+) -> LlamaForCausalLM:
+    """Write a random checkpoint and return its model (in float32, with the numbers as stored).
+
+    `layout` is "safetensors", "safetensors-sharded", "bin" or "bin-sharded".
+    """
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(make_config(variant, **overrides)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.uniform_(0.5, 1.5)
+            elif name.endswith("bias"):
+                parameter.normal_(0, 0.2)
+            else:
+                parameter.normal_(0, 0.12)
+    model = model.to(dtype)
+    sharded = {"max_shard_size": "60KB"} if layout.endswith("-sharded") else {}
+    model.save_pretrained(directory, **sharded)
+    if layout.startswith("bin"):
+        _to_bin(directory)
+    if tokenizer:
+        write_tokenizer(directory)
+    return model.to(torch.float32)
+
+
+def write_tokenizer(directory: Path, *, control: bool = True) -> Tokenizer:
+    """A byte-level tokenizer of 261 tokens: 3 special ones, 256 bytes, and the two control tokens at its end."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {text: i for i, text in enumerate(["<unk>", "<s>", "</s>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    if control:
+        tokenizer.add_tokens([AddedToken(FORK, normalized=False), AddedToken(CHILD, normalized=False)])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return tokenizer
+
+
+def _to_bin(directory: Path) -> None:
+    """Turn a directory's safetensors files into torch's own."""
+    from safetensors.torch import load_file
+
+    index = directory / "model.safetensors.index.json"
+    for path in sorted(directory.glob("*.safetensors")):
+        name = path.name.replace("model", "pytorch_model", 1).replace(".safetensors", ".bin")
+        torch.save(load_file(path), directory / name)
+        path.unlink()
+    if index.is_file():
+        data = json.loads(index.read_text(encoding="utf-8"))
+        data["weight_map"] = {
+            name: shard.replace("model", "pytorch_model", 1).replace(".safetensors", ".bin")
+            for name, shard in data["weight_map"].items()
+        }
+        (directory / "pytorch_model.bin.index.json").write_text(json.dumps(data), encoding="utf-8")
+        index.unlink()
