@@ -86,14 +86,17 @@ def make_checkpoint(
                 parameter.normal_(0, 0.2)
             else:
                 parameter.normal_(0, 0.12)
-    model = model.to(dtype)
+    for parameter in model.parameters():  # not model.to(): it would round RoPE's frequencies too
+        parameter.data = parameter.data.to(dtype)
     sharded = {"max_shard_size": "60KB"} if layout.endswith("-sharded") else {}
     model.save_pretrained(directory, **sharded)
     if layout.startswith("bin"):
         _to_bin(directory)
     if tokenizer:
         write_tokenizer(directory)
-    return model.to(torch.float32)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.float32)
+    return model
 
 
 def write_tokenizer(directory: Path, *, control: bool = True) -> Tokenizer:

@@ -140,8 +140,9 @@ def test_pools_bound_in_and_out_are_written_in_place(tmp_path: Path) -> None:
     values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(pool) for name, pool in runner.pools.items()}
     for name, value in values.items():
         binding.bind_ortvalue_input(name, value)
-        binding.bind_ortvalue_output(name.replace("past", "present"), value)
     binding.bind_output("logits")
+    for name, value in values.items():
+        binding.bind_ortvalue_output(name.replace("past", "present"), value)
     none, six = np.zeros(0, np.int64), np.arange(6)
     for name, array in {
         "input_ids": np.array(tokens, np.int32),
