@@ -59,7 +59,8 @@ _LOGPROBS = 64
 # Columns of the per-slot table of numbers.
 _INVERSE_TEMPERATURE, _TOP_K, _TOP_P, _MIN_P = range(4)
 
-_CANDIDATES = 256
+# How many of the most likely tokens a draw is tried with, one after the other, before all are sorted.
+_CANDIDATES = (64, 1024)
 _CHUNK_ELEMENTS = 1 << 18
 _ID_BITS = np.uint64(32)
 _ID_MASK = np.uint64(0xFFFFFFFF)
@@ -228,7 +229,8 @@ class Sampler:
         logits[:, tokens.child] = -np.inf
         logits[fork_banned, tokens.fork] = -np.inf
         if needs & ~(_RANDOM | _LOGPROBS):
-            self._apply_rules(logits, needs, flags, slots, paths, lengths, counters)
+            with np.errstate(over="ignore", invalid="ignore"):  # what overflows is found below
+                self._apply_rules(logits, needs, flags, slots, paths, lengths, counters)
 
         best = logits.argmax(axis=1)
         # argmax stops at the first NaN, so the value found is NaN exactly if the row holds one.
@@ -358,18 +360,34 @@ def _penalise(
 
 
 def _order(logits: Float32Array, count: int) -> IntArray:
-    """Ids [n, count] of each row's largest logits [n, V], largest first, ties by id. No NaN; count <= V or all."""
-    # One 64-bit key for each token: the float's bits, mapped so that larger floats give smaller integers, above the
-    # id. Adding zero turns -0.0 into 0.0, which must tie.
+    """Ids [n, count] of each row's `count` largest logits [n, V], largest first, ties by id. Without NaN."""
+    rows, vocab = logits.shape
+    spread = vocab // (4 * count)
+    if spread < 2:
+        keys = _sort_keys(logits, np.arange(vocab, dtype=np.uint64))
+        if count < vocab:
+            keys = np.partition(keys, count - 1, axis=1)[:, :count]
+    else:
+        # The count-th largest of the maxima of disjoint groups is no larger than the count-th largest logit, and
+        # close to it: a cheap bound that leaves little to sort. In order of (row, id), survivors fill a table.
+        groups = vocab // spread
+        maxima = logits[:, : groups * spread].reshape(rows, spread, groups).max(axis=1)
+        bound = np.partition(maxima, groups - count, axis=1)[:, groups - count]
+        row, ids = np.divmod(np.flatnonzero(logits >= bound[:, None]), vocab)
+        counts = np.bincount(row, minlength=rows)
+        column = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+        keys = np.full((rows, counts.max()), np.iinfo(np.uint64).max, dtype=np.uint64)
+        keys[row, column] = _sort_keys(logits[row, ids], ids.astype(np.uint64))
+    keys.sort(axis=1)
+    return (keys[:, :count] & _ID_MASK).astype(np.int64)
+
+
+def _sort_keys(logits: Float32Array, ids: UInt64Array) -> UInt64Array:
+    """Integers that sort as (logit descending, id ascending): the float's bits, mapped so that larger floats give
+    smaller integers, above the id. Adding zero turns -0.0 into 0.0, with which it must tie."""
     encoded = (logits + np.float32(0)).view(np.int32)
     descending = np.where(encoded < 0, encoded, ~(encoded | np.int32(-(2**31)))).view(np.uint32)
-    keys = descending.astype(np.uint64)
-    keys <<= _ID_BITS
-    keys |= np.arange(logits.shape[1], dtype=np.uint64)
-    if count < logits.shape[1]:
-        keys = np.partition(keys, count - 1, axis=1)[:, :count]
-    keys = np.sort(keys, axis=1)
-    return (keys & _ID_MASK).astype(np.int64)
+    return (descending.astype(np.uint64) << _ID_BITS) | ids
 
 
 def _totals(logits: Float32Array, peaks: Float32Array, inverse: Float64Array) -> Float64Array:
@@ -385,13 +403,13 @@ def _draw_chunk(
     """Tokens [n] drawn from rows of logits [n, V]; see the module's text for the rule.
 
     The work is done on the most likely tokens only; rows whose draw cannot be settled among them are done again
-    with all. Cumulative sums of a front part do not depend on what follows it, so both ways give the same token.
+    with more. Cumulative sums of a front part do not depend on what follows it, so this changes no result.
     """
     vocab = logits.shape[1]
     totals = _totals(logits, peaks, numbers[:, _INVERSE_TEMPERATURE]) if needs_total else None
     tokens = np.full(len(logits), FAILED_TOKEN, dtype=np.int32)
     left = np.arange(len(logits))
-    for candidates in (min(_CANDIDATES, vocab), vocab):
+    for candidates in (*(c for c in _CANDIDATES if c < vocab), vocab):
         part = logits[left] if len(left) < len(logits) else logits
         ids = _order(part, candidates)
         chosen, settled = _pick(

@@ -183,7 +183,10 @@ class SamplingParams:
 
 def _show(value: object) -> str:
     """A value as an error message quotes it, at a bounded length."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # an integer beyond Python's limit of digits
+        text = "a huge integer"
     return text if len(text) <= 80 else text[:77] + "..."
 
 
