@@ -119,6 +119,7 @@ class _Shield:
         self._nonce = _nonce()
         while any(self._nonce in content for content in contents):
             self._nonce = _nonce()
+        self._signs = {sign for sign in "\ue000\ue001\ue002" if not any(sign in content for content in contents)}
         self._edge = f"\ue000{self._nonce}\ue001"
         self._typed: list[str] = []
         self._placeholder = re.compile(f"\ue000{self._nonce}(?:\ue002([0-9]+))?\ue001")
@@ -140,7 +141,7 @@ class _Shield:
     def uncover(self, text: str) -> str:
         """Rendered text with everything that was typed back in place."""
         text = self._placeholder.sub(lambda m: self._typed[int(m[1])] if m[1] else "", text)
-        if self._nonce in text:
+        if self._nonce in text or any(sign in text for sign in self._signs):
             raise RequestError("the checkpoint's chat template alters message texts so that they cannot be kept apart")
         return text
 
