@@ -1,0 +1,200 @@
+"""Executor on ONNX Runtime's CPU provider.
+
+Two graphs of one decoder: `model.onnx` with the ForkAttention operator of the native library, and
+`model_portable.onnx` in standard operators for machines without that library (about three times slower
+attention, float32 pools). Either updates the KV pools in place: each pool is one piece of memory that is
+bound as `past_kv_{i}` and as `present_kv_{i}` once and for all; a step binds only its own tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+
+from apar import plugins
+from apar.export.errors import ExecutorError, PluginError
+from apar.export.manifest import GRAPH_NAME, PORTABLE_GRAPH_NAME, Manifest
+from apar.runtime.executor.base import Executor
+from apar.runtime.executor.check import check_step
+from apar.runtime.executor.pool import pool_blocks
+from apar.runtime.executor.portable import portable_inputs
+from apar.runtime.executor.threads import default_threads
+from apar.runtime.step import INPUT_NAMES, Float32Array, StepInputs
+
+GRAPHS = ("auto", "native", "portable")
+_INT32 = np.dtype(np.int32)
+_ALIGNMENT = 64
+_ONNX_TYPES = {np.dtype(np.int32): np.int32, np.dtype(np.int64): np.int64, np.dtype(np.bool_): np.bool_}
+
+
+class OnnxExecutor(Executor):
+    """Runs an engine directory with ONNX Runtime."""
+
+    name = "onnx"
+    graph: str
+    """"native" or "portable": what was loaded."""
+
+    def __init__(
+        self,
+        engine: Path,
+        *,
+        graph: str = "auto",
+        num_blocks: int | None = None,
+        kv_memory_bytes: int | None = None,
+        threads: int | None = None,
+        spinning: bool | None = None,
+    ) -> None:
+        """Load an engine directory.
+
+        graph: "native" needs the native library; "portable" does not; "auto" takes the portable graph, with a
+            warning, where the library cannot be loaded.
+        num_blocks, kv_memory_bytes: size of the KV pool; see `pool_blocks`.
+        threads: threads of a step; default: physical cores that the process may use.
+        spinning: idle threads of a step poll for work. Faster on a machine of one's own, much slower on a busy
+            one. Default: yes, except where the environment variable CI is set.
+        Raises EngineError for a damaged engine, PluginError for graph="native" without the library,
+        ExecutorError for everything else.
+        """
+        if graph not in GRAPHS:
+            raise ExecutorError(f"graph must be one of {', '.join(GRAPHS)}, not {graph!r}")
+        threads = default_threads() if threads is None else threads
+        if threads < 1:
+            raise ExecutorError(f"threads must be at least 1, not {threads}")
+        spinning = not os.environ.get("CI") if spinning is None else spinning
+        self._session: onnxruntime.InferenceSession | None = None
+        self.manifest = Manifest.load(engine)
+        options = _session_options(threads, spinning)
+        library = "standard operators"
+        self.graph = "portable"
+        if graph != "portable":
+            try:
+                library = _register_library(options)
+                self.graph = "native"
+            except PluginError as error:
+                if graph == "native":
+                    raise
+                warnings.warn(f"the portable graph is used, which is slower: {error}", RuntimeWarning, stacklevel=2)
+                library = f"standard operators (no native library: {error})"
+                options = _session_options(threads, spinning)
+        decoder, size = self.manifest.decoder, self.manifest.block_size
+        kv_dtype = self.manifest.kv_dtype if self.graph == "native" else "float32"
+        self.num_blocks = pool_blocks(self.manifest, kv_dtype, num_blocks, kv_memory_bytes)
+        self._scratch = self.num_blocks * size
+        session = _load(engine / (GRAPH_NAME if self.graph == "native" else PORTABLE_GRAPH_NAME), options)
+        shape: tuple[int, ...] = (2, self.num_blocks, decoder.num_kv_heads, size, decoder.head_dim)
+        if self.graph == "portable":
+            shape = (2, self._scratch + 1, decoder.num_kv_heads * decoder.head_dim)
+        self._binding = session.io_binding()
+        self._pools = []
+        for layer in range(decoder.num_layers):
+            pool = onnxruntime.OrtValue.ortvalue_from_numpy(_zeros(shape, np.dtype(kv_dtype)))
+            self._binding.bind_ortvalue_input(f"past_kv_{layer}", pool)
+            self._binding.bind_ortvalue_output(f"present_kv_{layer}", pool)
+            self._pools.append(pool)
+        self._logits = np.empty((64, decoder.vocab_size), np.float32)
+        self._session = session
+        pool_bytes = self.num_blocks * size * decoder.kv_bytes_per_token(kv_dtype)
+        self.detail = (
+            f"ONNX Runtime {onnxruntime.__version__}, {self.graph} graph, {library}, {threads} threads"
+            f"{', spinning' if spinning else ''}, {self.num_blocks} blocks of {size} "
+            f"({kv_dtype}, up to {pool_bytes / 2**20:.0f} MiB)"
+        )
+
+    def execute(self, inputs: StepInputs) -> Float32Array:
+        """See Executor.execute."""
+        if self._session is None:
+            raise ExecutorError("the onnx executor is closed")
+        decoder = self.manifest.decoder
+        if self.graph == "native":  # its kernels check the step themselves
+            tensors: Mapping[str, npt.NDArray[np.generic]] = {name: getattr(inputs, name) for name in INPUT_NAMES}
+        else:
+            size = self.manifest.block_size
+            check_step(inputs, num_blocks=self.num_blocks, block_size=size, vocab_size=decoder.vocab_size)
+            tensors = portable_inputs(inputs, size, self._scratch)
+        bind = self._binding.bind_input
+        for name, array in tensors.items():
+            kind = _ONNX_TYPES.get(array.dtype)
+            if kind is None or not array.flags.c_contiguous or (self.graph == "native" and array.dtype != _INT32):
+                raise ExecutorError(f"{name} must be a C-contiguous int32 array, not {array.dtype}")
+            bind(name, "cpu", 0, kind, array.shape, array.ctypes.data)
+        wanted = inputs.logits_rows.size
+        if wanted > self._logits.shape[0]:
+            self._logits = np.empty((max(wanted, 2 * self._logits.shape[0]), decoder.vocab_size), np.float32)
+        logits = self._logits[:wanted]
+        self._binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:  # ONNX Runtime's exceptions have no common base
+            raise ExecutorError(f"the step failed in ONNX Runtime: {_useful(error)}") from error
+        return logits
+
+    def close(self) -> None:
+        """Free the model and the pools. Idempotent."""
+        if self._session is None:
+            return
+        self._binding.clear_binding_inputs()
+        self._binding.clear_binding_outputs()
+        del self._binding
+        self._pools.clear()
+        self._session = None
+        self._logits = np.empty((0, 0), np.float32)
+
+
+def _session_options(threads: int, spinning: bool) -> onnxruntime.SessionOptions:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4  # errors come as exceptions; do not print them as well
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
+    return options
+
+
+def _register_library(options: onnxruntime.SessionOptions) -> str:
+    """Give `options` the native library; return its description. Raises PluginError where there is none."""
+    path = plugins.library_path()
+    plugins.abi_version(path)
+    try:
+        options.register_custom_ops_library(str(path))
+    except Exception as error:  # ONNX Runtime's exceptions have no common base
+        raise PluginError(f"ONNX Runtime cannot load {path}: {_useful(error)}") from error
+    return f"native library for {plugins.cpu_isa(path)}"
+
+
+def _load(path: Path, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+    if not path.is_file():
+        raise ExecutorError(f"{path} is missing; build the engine again")
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's exceptions have no common base
+        raise ExecutorError(
+            f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {_useful(error)}; build the engine again"
+        ) from error
+
+
+def _zeros(shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> npt.NDArray[np.generic]:
+    """Aligned zeros that take memory only where they are written."""
+    count = int(np.prod(shape)) * dtype.itemsize
+    raw = np.zeros(count + _ALIGNMENT, np.uint8)
+    skip = -raw.ctypes.data % _ALIGNMENT
+    return raw[skip : skip + count].view(dtype).reshape(shape)
+
+
+def _useful(error: Exception) -> str:
+    """What an ONNX Runtime exception says, without its status codes and source lines."""
+    text = str(error).strip()
+    for mark in ("Status Message: ", "[ONNXRuntimeError] : "):
+        if mark in text:
+            text = text.split(mark, 1)[1]
+            break
+    with contextlib.suppress(ValueError):
+        head, _, rest = text.split(" : ", 2)
+        if head.isdigit():
+            text = rest
+    return " ".join(text.split())
