@@ -27,6 +27,7 @@ class Branch:
     when it ends, its own tokens move to `tokens` and the slot is free for another branch.
     """
 
+    request: Request
     branch_id: int
     parent: Branch | None
     depth: int
@@ -43,6 +44,8 @@ class Branch:
     tokens: list[int] = field(default_factory=list)
     """Own tokens, filled in when the branch ends: sampled ones, without a final end-of-sequence token."""
     finish_reason: FinishReason | None = None
+    end_dropped: bool = False
+    """The last token sampled ended the branch and is not among `tokens`."""
     first_step: int = -1
     last_step: int = -1
     logprobs: list[Logprob] | None = None
@@ -76,8 +79,8 @@ class Request:
     cached_tokens: int = 0
     peak_blocks: int = 0
     preemptions: int = 0
-    first_step: int = -1
-    last_step: int = -1
+    started_at: float = 0.0
+    """`time.perf_counter()` when it was first admitted."""
     steps: int = 0
     """Steps in which the request sampled at least one token."""
     finish_reason: FinishReason | None = None

@@ -17,6 +17,7 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from time import perf_counter
 
 import numpy as np
 import numpy.typing as npt
@@ -180,10 +181,11 @@ class Scheduler:
         `drop_last` leaves the last token (an end-of-sequence) out of the branch's own tokens.
         """
         table, slot = self.table, branch.slot
-        request = self._request_of(branch)
+        request = branch.request
         end = int(table.length[slot]) - (1 if drop_last else 0)
         branch.tokens = table.tokens[slot, branch.start : end].tolist()
         branch.finish_reason = reason
+        branch.end_dropped = drop_last
         branch.first_step = int(table.first_step[slot])
         branch.last_step = self.step_index
         self._release(branch, remember=branch.parent is None and reason != "error")
@@ -210,7 +212,7 @@ class Scheduler:
         if owned != len(live):
             raise KVCacheError(f"{len(live)} branches hold slots, requests list {owned}")
 
-    def describe_load(self) -> dict[str, int]:
+    def load(self) -> dict[str, int]:
         """Gauges for people and metrics."""
         return {
             "running_requests": len(self.running),
@@ -521,7 +523,7 @@ class Scheduler:
         table, slot = self.table, branch.slot
         if table.num_blocks[slot]:
             return
-        request = self._request_of(branch)
+        request = branch.request
         usable = (int(table.length[slot]) - 1) // self.cache.block_size
         blocks = self.cache.match(self._path_digests(branch, usable)) if self.cache.prefix_caching else NO_BLOCKS
         count = blocks.size
@@ -630,6 +632,7 @@ class Scheduler:
 
     def _start(self, request: Request) -> None:
         """Give a new request its row of arrays and its root branch."""
+        request.started_at = perf_counter()
         table, params = self.table, request.params
         index = self._free_requests.pop()
         request.index = index
@@ -642,7 +645,7 @@ class Scheduler:
         self._held[index] = self._peak[index] = self._steps[index] = 0
         self._special_ends[index] = bool(params.stop_token_ids) or params.ignore_eos
         length = len(request.prompt)
-        root = Branch(0, None, 1, 0, length, root_key(request.seed))
+        root = Branch(request, 0, None, 1, 0, length, root_key(request.seed))
         slot = table.take(root)
         table.tokens[slot, :length] = request.prompt
         table.length[slot] = length
@@ -755,10 +758,12 @@ class Scheduler:
         for i in rows:
             branch, token = report.sampled[i]
             slot = branch.slot
-            request = self._request_of(branch)
+            request = branch.request
             index = request.index
-            if ends[i] or token in request.params.stop_token_ids:
-                self._end(report, branch, "stop", drop_last=True)
+            params = request.params
+            if ends[i] or token in params.stop_token_ids:
+                kept = params.include_stop_in_output and not ends[i]
+                self._end(report, branch, "stop", drop_last=not kept)
             elif self._sampled[index] >= self._max_tokens[index] or table.length[slot] >= table.limit[slot]:
                 self._end(report, branch, "length")
             elif token == self.tokens.fork:
@@ -790,13 +795,8 @@ class Scheduler:
         kept: BoolArray = ~np.isin(requests, hit)
         return kept
 
-    def _request_of(self, branch: Branch) -> Request:
-        request = self._requests[self.table.request[branch.slot]]
-        assert request is not None
-        return request
-
     def _end(self, report: StepReport, branch: Branch, reason: FinishReason, drop_last: bool = False) -> None:
-        request = self._request_of(branch)
+        request = branch.request
         report.ended.append(branch)
         if self.finish_branch(branch, reason, drop_last):
             report.finished.append(request)
@@ -813,6 +813,7 @@ class Scheduler:
         ordinal = len(parent.forks)
         parent.forks.append(position)
         child = Branch(
+            request=request,
             branch_id=len(request.branches),
             parent=parent,
             depth=parent.depth + 1,

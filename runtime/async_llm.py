@@ -1,0 +1,209 @@
+"""The asynchronous API: many callers on one event loop, one engine loop in a thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from apar.export.errors import EngineStoppedError
+from apar.runtime.answer import Answer
+from apar.runtime.engine_source import resolve_engine
+from apar.runtime.llm import load_text_engine
+from apar.runtime.outputs import BranchEvent, RequestOutput
+from apar.runtime.sampling_params import SamplingParams
+from apar.runtime.scheduler import SchedulerLimits
+from apar.runtime.text_engine import Prompt
+
+logger = logging.getLogger(__name__)
+
+Item = BranchEvent | RequestOutput | EngineStoppedError
+
+
+class AsyncLLM:
+    """Streams answers to many concurrent callers.
+
+        llm = AsyncLLM("tiny")
+        async for item in llm.stream("How do I grow tomatoes?"):
+            ...  # ForkEvent, DeltaEvent, FinishEvent; a RequestOutput comes last
+        await llm.close()
+
+    Requests may be made from any event loop. Leaving the loop over a stream, or cancelling the task,
+    cancels the request: its blocks are free before the next step. Arguments as for `LLM`.
+    """
+
+    def __init__(
+        self, engine: str | Path, *, executor: str = "auto", limits: SchedulerLimits | None = None, **options: Any
+    ) -> None:
+        self._text = load_text_engine(resolve_engine(engine), executor, limits, **options)
+        self._commands: deque[Callable[[], None]] = deque()
+        self._wake = threading.Condition()
+        self._listeners: dict[str, _Listener] = {}
+        self._closing = False
+        self._failure: str | None = None
+        self._thread = threading.Thread(target=self._run, name="apar-engine", daemon=True)
+        self._thread.start()
+
+    async def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        chat: bool = True,
+    ) -> AsyncIterator[BranchEvent | RequestOutput]:
+        """Events of one answer as they come; the last item is the result.
+
+        Raises RequestError if the request is not acceptable, EngineStoppedError if the engine has stopped.
+        """
+        listener = _Listener(asyncio.get_running_loop())
+        token_ids = self._text.encode(prompt, chat)
+
+        def submit() -> str:
+            answer = self._text.submit(
+                token_ids, params or SamplingParams(), request_id=request_id, listens=True, priority=priority
+            )
+            self._listeners[answer.request.request_id] = listener
+            return answer.request.request_id
+
+        own_id = await asyncio.wrap_future(self._call(submit))
+        try:
+            while True:
+                for item in await listener.take():
+                    if isinstance(item, EngineStoppedError):
+                        raise item
+                    yield item
+                    if isinstance(item, RequestOutput):
+                        return
+        finally:
+            self._post(lambda: self._drop(own_id))
+
+    async def generate(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> RequestOutput:
+        """The whole answer to one prompt; arguments as for `stream`."""
+        async for item in self.stream(prompt, params, **options):
+            if isinstance(item, RequestOutput):
+                return item
+        raise EngineStoppedError("the stream ended without a result")
+
+    async def cancel(self, request_id: str) -> bool:
+        """End a request; its stream still gets its result, with `finish_reason` "cancelled".
+
+        Returns False if no such request is running.
+        """
+
+        def cancel() -> bool:
+            answer = self._text.cancel(request_id)
+            if answer is None:
+                return False
+            self._deliver(answer)
+            return True
+
+        return await asyncio.wrap_future(self._call(cancel))
+
+    async def stats(self) -> dict[str, Any]:
+        """Gauges and counters of the scheduler, the KV pool and the loop."""
+        return await asyncio.wrap_future(self._call(self._text.stats))
+
+    async def close(self) -> None:
+        """Stop the loop and free the engine. Requests still running end with EngineStoppedError."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        await asyncio.to_thread(self._thread.join)
+
+    def _call(self, function: Callable[[], Any]) -> Future[Any]:
+        """Run a function between two steps of the engine loop."""
+        future: Future[Any] = Future()
+
+        def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(function())
+            except BaseException as error:
+                future.set_exception(error)
+
+        if not self._post(run):
+            future.set_exception(EngineStoppedError(self._failure or "the engine has been closed; create a new one"))
+        return future
+
+    def _post(self, command: Callable[[], None]) -> bool:
+        with self._wake:
+            if self._closing or self._failure is not None:
+                return False
+            self._commands.append(command)
+            self._wake.notify()
+            return True
+
+    def _drop(self, request_id: str) -> None:
+        """Forget a listener that went away, and cancel its request if it still runs."""
+        if self._listeners.pop(request_id, None) is not None:
+            self._text.cancel(request_id)
+
+    def _run(self) -> None:
+        try:
+            while True:
+                with self._wake:
+                    while not self._commands and self._text.idle and not self._closing:
+                        self._wake.wait()
+                    if self._closing:
+                        break
+                    commands = list(self._commands)
+                    self._commands.clear()
+                for command in commands:
+                    command()
+                for answer in self._text.step():
+                    self._deliver(answer)
+        except BaseException as error:
+            logger.exception("the engine loop died")
+            self._failure = f"the engine stopped: {error}"
+        finally:
+            self._stop()
+
+    def _deliver(self, answer: Answer) -> None:
+        request_id = answer.request.request_id
+        listener = self._listeners.get(request_id)
+        items: list[Item] = list(answer.events)
+        answer.events.clear()
+        if answer.finished:
+            items.append(answer.output())
+            self._listeners.pop(request_id, None)
+        if listener is not None and items:
+            listener.put(items)
+
+    def _stop(self) -> None:
+        """End every stream and refuse new requests; then free the engine."""
+        with self._wake:
+            self._failure = self._failure or "the engine has been closed; create a new one"
+            commands = list(self._commands)
+            self._commands.clear()
+        error = EngineStoppedError(self._failure)
+        for command in commands:
+            command()
+        for listener in self._listeners.values():
+            listener.put([error])
+        self._listeners.clear()
+        self._text.close()
+
+
+class _Listener:
+    """Hands items from the engine's thread to one caller's event loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._queue: asyncio.Queue[list[Item]] = asyncio.Queue()
+
+    def put(self, items: list[Item]) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, items)
+        except RuntimeError:
+            logger.debug("a caller's event loop closed before its answer came")
+
+    async def take(self) -> list[Item]:
+        return await self._queue.get()

@@ -1,0 +1,70 @@
+"""From what a user names (an engine, a checkpoint, or `tiny`) to an engine directory."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from apar.export import onnx_engine
+from apar.export.errors import EngineError
+from apar.export.manifest import ABI_VERSION, FORMAT_VERSION, MANIFEST_NAME, Manifest
+
+logger = logging.getLogger(__name__)
+
+TINY = "tiny"
+Progress = Callable[[str, int, int], None]
+
+
+def tiny_checkpoint() -> Path:
+    """The small APAR checkpoint that ships with the package."""
+    return Path(onnx_engine.__file__).parent / "models" / "tiny"
+
+
+def cache_directory() -> Path:
+    """Where engines that were built on the fly are kept: $APAR_CACHE, else the user's cache directory."""
+    root = os.environ.get("APAR_CACHE") or os.environ.get("XDG_CACHE_HOME")
+    base = Path(root) if root else Path.home() / ".cache"
+    return base if os.environ.get("APAR_CACHE") else base / "apar"
+
+
+def resolve_engine(source: str | Path, progress: Progress | None = None) -> Path:
+    """The engine directory for `source`: an engine, a checkpoint directory, or the word `tiny`.
+
+    A checkpoint is built once (float32, default options) into the cache directory and found there again as
+    long as its files have the same names, sizes and times. Raises EngineError where `source` is neither,
+    and what the build raises.
+    """
+    checkpoint = tiny_checkpoint() if str(source) == TINY and not Path(source).exists() else Path(source)
+    if (checkpoint / MANIFEST_NAME).is_file():
+        return checkpoint
+    if not checkpoint.is_dir():
+        raise EngineError(f"{source} is neither an engine directory nor a checkpoint directory, nor the word `tiny`")
+    if not (checkpoint / "config.json").is_file():
+        raise EngineError(
+            f"{checkpoint} holds neither {MANIFEST_NAME} (an engine) nor config.json (a checkpoint); "
+            "give an engine built with `apar build CHECKPOINT -o DIR`, or a Hugging Face checkpoint"
+        )
+    target = cache_directory() / "engines" / f"{checkpoint.resolve().name}-{_fingerprint(checkpoint)}"
+    if (target / MANIFEST_NAME).is_file():
+        try:
+            Manifest.load(target)
+        except EngineError as error:
+            logger.warning("the cached engine is damaged and is built again: %s", error)
+        else:
+            return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    onnx_engine.build(checkpoint, target, overwrite=True, progress=progress)
+    return target
+
+
+def _fingerprint(checkpoint: Path) -> str:
+    """Changes whenever a file of the checkpoint or the engine format does."""
+    facts = [f"{FORMAT_VERSION}.{ABI_VERSION}", str(checkpoint.resolve())]
+    for path in sorted(checkpoint.iterdir()):
+        if path.is_file():
+            stat = path.stat()
+            facts.append(f"{path.name} {stat.st_size} {stat.st_mtime_ns}")
+    return hashlib.blake2b("\n".join(facts).encode(), digest_size=8).hexdigest()

@@ -1,0 +1,187 @@
+"""The Python API: `LLM` for scripts.
+
+    from apar.runtime.llm import LLM
+    from apar.runtime.sampling_params import SamplingParams
+
+    with LLM("tiny") as llm:
+        answer = llm.generate("How do I grow tomatoes?", SamplingParams(max_tokens=300))[0]
+        print(answer.text, answer.timing.steps, answer.usage.completion_tokens)
+
+`async_llm.AsyncLLM` is its streaming twin for servers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from apar.export.errors import RequestError
+from apar.export.manifest import Manifest
+from apar.runtime.answer import Answer
+from apar.runtime.engine import Engine
+from apar.runtime.engine_source import resolve_engine
+from apar.runtime.executor import Executor, load_executor
+from apar.runtime.outputs import BranchEvent, RequestOutput
+from apar.runtime.sampling_params import SamplingParams
+from apar.runtime.scheduler import SchedulerLimits
+from apar.runtime.text_engine import Prompt, TextEngine
+from apar.runtime.tokenizer import Tokenizer
+
+
+class LLM:
+    """An engine on this machine, driven by the calling thread.
+
+    Args:
+        engine: an engine directory, a Hugging Face checkpoint directory (built once into the cache
+            directory), or `tiny`, the model that ships with the package.
+        executor: `auto`, `onnx` or `torch`.
+        limits: sizes of the scheduler.
+        options: of the executor, such as `num_blocks`, `kv_memory_bytes`, `threads`, `graph`.
+
+    Raises EngineError, ExecutorError, TokenizerError or PluginError if the engine cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        engine: str | Path,
+        *,
+        executor: str = "auto",
+        limits: SchedulerLimits | None = None,
+        **options: Any,
+    ) -> None:
+        self.engine_directory = resolve_engine(engine)
+        self._text = load_text_engine(self.engine_directory, executor, limits, **options)
+
+    @property
+    def manifest(self) -> Manifest:
+        """Of the engine."""
+        return self.executor.manifest
+
+    @property
+    def executor(self) -> Executor:
+        """The executor that runs the engine."""
+        return self._text.engine.executor
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Of the engine."""
+        return self._text.tokenizer
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        chat: bool = True,
+        on_event: Callable[[BranchEvent], None] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one prompt or many; all of them decode together.
+
+        Args:
+            prompts: one prompt or a list of prompts. A prompt is a text, token ids, or chat messages.
+            params: for all prompts, or one for each.
+            chat: put a text prompt into the chat template; False continues it as it stands.
+            on_event: called with every branch event while decoding.
+
+        Returns one result for each prompt, in order; one whose steps failed has `finish_reason` "error".
+        Raises RequestError if a prompt or its parameters are not acceptable; nothing has run then.
+        """
+        answers = self._submit_all(prompts, params, chat, listens=on_event is not None)
+        try:
+            while not self._text.idle:
+                for answer in self._text.step():
+                    if on_event is not None:
+                        for event in answer.events:
+                            on_event(event)
+                        answer.events.clear()
+        finally:
+            self._abandon(answers)
+        return [answer.output() for answer in answers]
+
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, chat: bool = True
+    ) -> Iterator[BranchEvent | RequestOutput]:
+        """Answer one prompt, event by event; the last item is the result. Closing the iterator cancels.
+
+        Raises RequestError at the call, not at the first item.
+        """
+        answers = self._submit_all([prompt], params, chat, listens=True)
+        return self._stream(answers)
+
+    def _stream(self, answers: list[Answer]) -> Iterator[BranchEvent | RequestOutput]:
+        answer = answers[0]
+        try:
+            while not self._text.idle:
+                self._text.step()
+                events, answer.events = answer.events, []
+                yield from events
+            yield answer.output()
+        finally:
+            self._abandon(answers)
+
+    def stats(self) -> dict[str, Any]:
+        """Gauges and counters of the scheduler, the KV pool and the loop."""
+        return self._text.stats()
+
+    def close(self) -> None:
+        """Free the engine. Idempotent."""
+        self._text.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _submit_all(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        chat: bool,
+        listens: bool,
+    ) -> list[Answer]:
+        batch = as_batch(prompts)
+        if params is None or isinstance(params, SamplingParams):
+            each = [params or SamplingParams()] * len(batch)
+        else:
+            each = list(params)
+            if len(each) != len(batch):
+                raise RequestError(
+                    f"{len(batch)} prompts came with {len(each)} sets of parameters; give one or as many"
+                )
+        answers: list[Answer] = []
+        try:
+            for i, (prompt, own) in enumerate(zip(batch, each, strict=True)):
+                try:
+                    answers.append(self._text.submit(self._text.encode(prompt, chat), own, listens=listens))
+                except RequestError as error:
+                    if len(batch) == 1:
+                        raise
+                    raise type(error)(f"prompt {i}: {error}") from error
+        except BaseException:
+            self._abandon(answers)
+            raise
+        return answers
+
+    def _abandon(self, answers: list[Answer]) -> None:
+        """Cancel what an exception or a closed iterator left unfinished."""
+        for answer in answers:
+            self._text.cancel(answer.request.request_id)
+
+
+def load_text_engine(
+    directory: Path, executor: str = "auto", limits: SchedulerLimits | None = None, **options: Any
+) -> TextEngine:
+    """Load an engine directory with its tokenizer."""
+    tokenizer = Tokenizer.load(directory)
+    return TextEngine(Engine(load_executor(directory, executor, **options), limits), tokenizer)
+
+
+def as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or several, as a list: a text, a list of ids and a list of messages are one prompt."""
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+        return [prompts]
+    if prompts and isinstance(prompts[0], int | dict):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
