@@ -224,8 +224,11 @@ class Sampler:
             raw = logits[wanting]
         # Bans may overwrite a NaN or an infinity, so what they overwrite is looked at before.
         sound = (logits[:, tokens.child] < np.inf) & (logits[:, tokens.fork] < np.inf)
-        if needs & ~(_RANDOM | _LOGPROBS):
+        if needs & (_MIN_TOKENS | _BAD_WORDS):
             sound &= logits.max(axis=1) < np.inf
+        elif needs & _NO_EOS:
+            for token in tokens.eos:
+                sound &= logits[:, token] < np.inf
         logits[:, tokens.child] = -np.inf
         logits[fork_banned, tokens.fork] = -np.inf
         if needs & ~(_RANDOM | _LOGPROBS):
