@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import re
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from apar.runtime.tokenizer import Tokenizer
 
@@ -16,20 +16,19 @@ class IncrementalDetokenizer:
     Incomplete UTF-8 is held back. Bytes that cannot be UTF-8 become U+FFFD, as `bytes.decode(errors="replace")` has it.
     """
 
-    __slots__ = ("_bytes", "_held", "_strip", "_strips_blank")
+    __slots__ = ("_bytes_of", "_held", "_strip", "_strips_blank")
 
     def __init__(self, tokenizer: Tokenizer, starts_piece: bool = True) -> None:
         """`starts_piece`: the next token follows the prompt, a [Fork] or a [Child], so that the blank which
         SentencePiece puts in front of every text (and only that one) is dropped."""
-        self._bytes: Sequence[bytes] = tokenizer.bytes_table
+        self._bytes_of = tokenizer.bytes_table.__getitem__
         self._strips_blank = tokenizer.strips_blank
         self._strip = starts_piece and self._strips_blank
         self._held = b""
 
     def feed(self, token_ids: Iterable[int]) -> str:
         """Text that these tokens complete; "" while a character is unfinished. Ids must be in the vocabulary."""
-        table = self._bytes
-        data = b"".join([table[i] for i in token_ids])
+        data = b"".join(map(self._bytes_of, token_ids))
         if not data:
             return ""
         if self._strip:
@@ -38,7 +37,7 @@ class IncrementalDetokenizer:
         if self._held:
             data = self._held + data
         text, used = codecs.utf_8_decode(data, "replace", False)
-        self._held = data[used:]
+        self._held = data[used:] if used < len(data) else b""
         return text
 
     def flush(self) -> str:
@@ -126,14 +125,15 @@ class StopChecker:
             return ""
         if stops.first is None:
             return text
-        state, position, step, match = self._state, 0, stops.step, stops.match
+        state, position, goto, match = self._state, 0, stops.goto, stops.match
         while position < len(text):
             if not state:
                 found = stops.first.search(text, position)
                 if found is None:
                     break
                 position = found.start()
-            state = step(state, text[position])
+            character = text[position]
+            state = goto[state].get(character) or stops.step(state, character)
             position += 1
             stop = match[state]
             if stop is not None:

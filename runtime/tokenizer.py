@@ -81,6 +81,8 @@ class Tokenizer:
     def load(cls, directory: Path | str, manifest: Manifest | None = None, max_chars: int | None = None) -> Tokenizer:
         """Load the tokenizer of an engine directory; `manifest` is read from there where none is given.
 
+        `max_chars` is by default what fills the engine's context if every token is the vocabulary's longest: more can
+        never fit, so it is refused before it costs time.
         Raises TokenizerError where a file is missing, corrupt or of a kind that cannot be used.
         """
         directory = Path(directory)
@@ -90,7 +92,7 @@ class Tokenizer:
         config = _read_json(directory / CONFIG_NAME)
         for key, value in _read_json(directory / SPECIAL_TOKENS_NAME).items():
             config.setdefault(key, value)
-        return cls(
+        tokenizer = cls(
             _read_json(directory / TOKENIZER_NAME),
             manifest.tokens,
             vocab_size=manifest.decoder.vocab_size,
@@ -98,6 +100,9 @@ class Tokenizer:
             chat_template=_chat_template(directory, config),
             max_chars=max_chars,
         )
+        if max_chars is None:
+            tokenizer.max_chars = manifest.decoder.max_context * max(map(len, tokenizer.bytes_table))
+        return tokenizer
 
     def __len__(self) -> int:
         """Number of ids that have bytes (the model's vocabulary, padding rows included)."""

@@ -168,6 +168,9 @@ def test_an_engine_directory(tmp_path) -> None:
     tokenizer = Tokenizer.load(tmp_path, manifest)
     assert len(tokenizer) >= 610
     assert tokenizer.special_string("bos_token") == "<s>"
+    longest = max(len(tokenizer.token_bytes(i)) for i in range(len(tokenizer)))
+    with pytest.raises(CapacityError):
+        tokenizer.encode_text("x" * (128 * longest + 1))
     assert tokenizer.chat_template == "{{ messages[0].content }}"
     (tmp_path / "chat_template.jinja").write_text("own file")
     assert Tokenizer.load(tmp_path, manifest).chat_template == "own file"
