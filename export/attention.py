@@ -143,9 +143,7 @@ class TreeMaskAttention:
         heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
         batch = graph.constant("axes.batch", np.array([0], np.int64))
         packed = graph.node("Unsqueeze", [qkv, batch], f"{name}.qkv.batch")
-        qk, value = graph.split(
-            packed, ((heads + kv_heads) * dim, kv_heads * dim), (f"{name}.qk", f"{name}.v"), axis=2
-        )
+        qk, value = graph.split(packed, ((heads + kv_heads) * dim, kv_heads * dim), (f"{name}.qk", f"{name}.v"), axis=2)
         turned = graph.node(
             "RotaryEmbedding", [qk, "rope.cos", "rope.sin"], f"{name}.qk.rope", num_heads=heads + kv_heads
         )

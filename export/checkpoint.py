@@ -92,7 +92,9 @@ def _read_shards(index: Path, reader: _Reader) -> dict[str, StoredTensor]:
     shards = sorted({str(shard) for shard in weight_map.values()})
     for shard in shards:
         if shard in ("", ".", "..") or Path(shard).name != shard or "\\" in shard or "\0" in shard:
-            raise CheckpointError(f"{index} names the shard {shard!r}, which is not a plain file name; do not trust this checkpoint")
+            raise CheckpointError(
+                f"{index} names the shard {shard!r}, which is not a plain file name; do not trust this checkpoint"
+            )
     missing = [shard for shard in shards if not (index.parent / shard).is_file()]
     if missing:
         raise CheckpointError(f"{index} names shards that are not there: {_list(missing)}; fetch the whole checkpoint")
@@ -128,7 +130,8 @@ def _select(found: Mapping[str, StoredTensor], config: DecoderConfig, directory:
             )
         if tensor.dtype not in FLOAT_TYPES:
             raise CheckpointError(
-                f"{tensor.path}: tensor {name} is {tensor.dtype}; supported are {', '.join(FLOAT_TYPES)}: convert it first"
+                f"{tensor.path}: tensor {name} is {tensor.dtype}, which is not supported; "
+                f"convert it to one of {', '.join(FLOAT_TYPES)}"
             )
     return {name: found[name] for name in expected}
 

@@ -39,9 +39,7 @@ def resolve_tokens(
     return TokenIds(fork=fork, child=child, eos=eos, bos=bos, pad=pad)
 
 
-def _resolve(
-    name: str, option: str | int | None, default: str, config: LlamaConfig, tokenizer: TokenizerFiles
-) -> int:
+def _resolve(name: str, option: str | int | None, default: str, config: LlamaConfig, tokenizer: TokenizerFiles) -> int:
     wanted = default if option is None else option
     token = tokenizer.ids.get(wanted) if isinstance(wanted, str) else wanted
     if token is None and isinstance(wanted, str) and wanted.isascii() and wanted.isdigit():

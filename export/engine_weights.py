@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,10 +23,10 @@ class _Region:
 
     path: Path
     offset: int
-    dtype: np.dtype
+    dtype: np.dtype[Any]
     shape: tuple[int, ...]
 
-    def map(self) -> npt.NDArray:
+    def map(self) -> npt.NDArray[Any]:
         return np.memmap(self.path, self.dtype, mode="r", offset=self.offset, shape=self.shape)
 
 

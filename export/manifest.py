@@ -113,7 +113,9 @@ class Manifest:
         """
         path = directory / MANIFEST_NAME
         if not directory.is_dir():
-            raise EngineError(f"{directory} is not a directory; give an engine built with `apar build CHECKPOINT -o DIR`")
+            raise EngineError(
+                f"{directory} is not a directory; give an engine built with `apar build CHECKPOINT -o DIR`"
+            )
         if not path.is_file():
             raise EngineError(
                 f"{directory} holds no {MANIFEST_NAME}, so it is no engine or its build did not finish; "
@@ -145,7 +147,9 @@ class Manifest:
             rest = {k: v for k, v in data.items() if k not in ("decoder", "tokens")}
             return cls(decoder=DecoderConfig(**decoder), tokens=TokenIds(**tokens), **rest)
         except (KeyError, TypeError, ValueError) as error:
-            raise EngineError(f"{path} does not follow the manifest schema ({error}); build the engine again") from error
+            raise EngineError(
+                f"{path} does not follow the manifest schema ({error}); build the engine again"
+            ) from error
 
     def _check_files(self, directory: Path) -> None:
         for name, size in self.files.items():

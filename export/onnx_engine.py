@@ -16,7 +16,7 @@ import onnx
 from apar.export.attention import ForkAttention, TreeMaskAttention
 from apar.export.checkpoint import Checkpoint
 from apar.export.control_tokens import resolve_tokens
-from apar.export.decoder import build_decoder
+from apar.export.decoder import Attention, build_decoder
 from apar.export.errors import BuildError
 from apar.export.linear import StoredLinear
 from apar.export.manifest import (
@@ -99,7 +99,8 @@ def build(
         if progress:
             progress("graph", 0, 2)
         fork = ForkAttention(block_size, manifest.kv_dtype)
-        for done, (name, attention) in enumerate(((GRAPH_NAME, fork), (PORTABLE_GRAPH_NAME, TreeMaskAttention())), 1):
+        graphs: dict[str, Attention] = {GRAPH_NAME: fork, PORTABLE_GRAPH_NAME: TreeMaskAttention()}
+        for done, (name, attention) in enumerate(graphs.items(), 1):
             model = build_decoder(manifest.decoder, weights, attention, StoredLinear())
             onnx.save(model, directory / name)
             onnx.checker.check_model(str(directory / name))
@@ -129,7 +130,9 @@ def _check_options(dtype: str, quantize: str, group_size: int | None, block_size
         return 0
     group_size = DEFAULT_GROUP_SIZE if group_size is None else group_size
     if group_size not in GROUP_SIZES:
-        raise BuildError(f"group_size {group_size!r} is not supported; choose one of {', '.join(map(str, GROUP_SIZES))}")
+        raise BuildError(
+            f"group_size {group_size!r} is not supported; choose one of {', '.join(map(str, GROUP_SIZES))}"
+        )
     return group_size
 
 
@@ -208,4 +211,3 @@ def _version() -> str:
         return importlib.metadata.version("apar")
     except importlib.metadata.PackageNotFoundError:
         return "unknown"
-

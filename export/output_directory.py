@@ -59,7 +59,9 @@ class OutputDirectory:
         if not target.exists() or (target.is_dir() and not any(target.iterdir())):
             return
         if not (target / MANIFEST_NAME).is_file():
-            raise BuildError(f"{target} exists and is no engine, so it is never overwritten; choose another output directory")
+            raise BuildError(
+                f"{target} exists and is no engine, so it is never overwritten; choose another output directory"
+            )
         if not self._overwrite:
             raise BuildError(f"{target} holds an engine already; choose another output directory or pass --overwrite")
 

@@ -69,7 +69,9 @@ def rope_from_config(config: Mapping[str, Any], head_dim: int, max_position: int
 def _number(parameters: Mapping[str, Any], key: str, kind: str) -> float:
     value = parameters.get(key)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-        raise CheckpointError(f"config.json: RoPE scaling of type {kind!r} needs a positive number {key!r}, not {value!r}")
+        raise CheckpointError(
+            f"config.json: RoPE scaling of type {kind!r} needs a positive number {key!r}, not {value!r}"
+        )
     return float(value)
 
 

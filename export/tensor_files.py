@@ -95,7 +95,9 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
     tensors = {}
     for name, (dtype, width, shape, begin, end) in entries.items():
         if begin < 0 or end - begin != math.prod(shape) * width:
-            raise CheckpointError(f"{path}: tensor {name} of shape {list(shape)} lies at {begin}..{end}; copy the file again")
+            raise CheckpointError(
+                f"{path}: tensor {name} of shape {list(shape)} lies at {begin}..{end}; copy the file again"
+            )
         if 8 + length + end > size:
             raise CheckpointError(
                 f"{path} is truncated: tensor {name} ends at byte {8 + length + end} of {size}; copy the file again"

@@ -99,7 +99,9 @@ def _added_tokens(directory: Path, config: Mapping[str, Any]) -> dict[int, dict[
         for token, entry in (config.get("added_tokens_decoder") or {}).items():
             added[int(token)] = {"content": str(entry["content"]), "special": bool(entry.get("special", False))}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise TokenizerError(f"{directory}: its list of added tokens is damaged ({error}); copy the tokenizer again") from error
+        raise TokenizerError(
+            f"{directory}: its list of added tokens is damaged ({error}); copy the tokenizer again"
+        ) from error
     return added
 
 

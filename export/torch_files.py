@@ -101,7 +101,9 @@ def read_torch_file(path: Path) -> dict[str, StoredTensor]:
             members = {info.filename: info for info in archive.infolist()}
             pickles = [name for name in members if name == "data.pkl" or name.endswith("/data.pkl")]
             if len(pickles) != 1:
-                raise CheckpointError(f"{path} is a zip file but not one of torch.save; save the checkpoint as safetensors")
+                raise CheckpointError(
+                    f"{path} is a zip file but not one of torch.save; save the checkpoint as safetensors"
+                )
             root = pickles[0].removesuffix("data.pkl")
             order = root + "byteorder"
             if order in members and archive.read(order).strip() != b"little":
@@ -134,7 +136,9 @@ def _load(path: Path, stream: Any) -> Any:
 
 def _flatten(path: Path, state: Any) -> Mapping[str, _Tensor]:
     if not isinstance(state, dict):
-        raise CheckpointError(f"{path} holds a {type(state).__name__}, not a state dict; save the checkpoint as safetensors")
+        raise CheckpointError(
+            f"{path} holds a {type(state).__name__}, not a state dict; save the checkpoint as safetensors"
+        )
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, _Tensor):
             raise CheckpointError(f"{path}: entry {name!r} is no plain tensor; save the checkpoint as safetensors")
@@ -158,5 +162,10 @@ def _locate(
     header = file.read(_LOCAL_HEADER)
     if len(header) != _LOCAL_HEADER or header[:4] != b"PK\x03\x04":
         raise CheckpointError(f"{path}: the storage of tensor {name} is not where the file says; copy it again")
-    start = info.header_offset + _LOCAL_HEADER + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+    start = (
+        info.header_offset
+        + _LOCAL_HEADER
+        + int.from_bytes(header[26:28], "little")
+        + int.from_bytes(header[28:30], "little")
+    )
     return StoredTensor(name, tensor.storage.dtype, tensor.shape, path, start + tensor.offset * width)

@@ -42,9 +42,7 @@ def weight_plan(config: DecoderConfig, *, quantized: bool) -> Iterator[Weight]:
     hidden, ffn = config.hidden_size, config.intermediate_size
     q = config.num_heads * config.head_dim
 
-    def linear(
-        name: str, rows: int, columns: int, bias: bool, module: str, parts: tuple[str, ...]
-    ) -> Iterator[Weight]:
+    def linear(name: str, rows: int, columns: int, bias: bool, module: str, parts: tuple[str, ...]) -> Iterator[Weight]:
         yield Weight(f"{name}.weight", Kind.LINEAR, (rows, columns), tuple(f"{module}.{p}_proj.weight" for p in parts))
         if bias:
             yield Weight(f"{name}.bias", Kind.VECTOR, (rows,), tuple(f"{module}.{p}_proj.bias" for p in parts))

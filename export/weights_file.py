@@ -25,7 +25,6 @@ _ALIGNMENT, _PAGE, _LARGE = 64, 4096, 1 << 20
 _CHUNK_ELEMENTS = 1 << 20
 _THREADS = 2
 _AHEAD = 4
-_DIRTY_BYTES = 256 << 20
 
 _T = TypeVar("_T")
 _U = TypeVar("_U")
@@ -49,6 +48,9 @@ class GroupedWeight:
     shape: tuple[int, int]
 
 
+_Chunk = tuple[StoredTensor, int, int]
+"""A source tensor and the rows start:stop of it."""
+
 StoredWeight = PlainWeight | GroupedWeight
 
 
@@ -61,7 +63,6 @@ class WeightsFile:
         self._file = path.open("wb")
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="apar-build")
         self._progress = progress
-        self._dirty = 0
         self.weights: dict[str, StoredWeight] = {}
 
     def __enter__(self) -> WeightsFile:
@@ -85,7 +86,7 @@ class WeightsFile:
         """
         element = FLOAT_TYPES[dtype]
 
-        def convert(chunk: tuple[StoredTensor, int, int]) -> tuple[npt.NDArray[Any], int]:
+        def convert(chunk: _Chunk) -> tuple[npt.NDArray[Any], int]:
             tensor, start, stop = chunk
             values = tensor.read(start, stop)
             read = values.nbytes
@@ -105,7 +106,9 @@ class WeightsFile:
                 self._progress(read)
 
         kind = onnx.helper.np_dtype_to_tensor_dtype(element)
-        self.weights[weight.name] = PlainWeight(self._append(weight.name, kind, weight.shape, element.itemsize, arrays()))
+        self.weights[weight.name] = PlainWeight(
+            self._append(weight.name, kind, weight.shape, element.itemsize, arrays())
+        )
 
     def add_grouped(self, weight: Weight, checkpoint: Checkpoint, bits: int, group_size: int) -> None:
         """Append the matrix `weight` quantised to `bits` with one scale for `group_size` input channels."""
@@ -113,7 +116,9 @@ class WeightsFile:
         out, columns = weight.shape
         groups = -(-columns // group_size)
 
-        def quantize(chunk: tuple[StoredTensor, int, int]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32], int]:
+        def quantize(
+            chunk: _Chunk,
+        ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32], int]:
             tensor, start, stop = chunk
             values = tensor.read(start, stop)
             packed, scale = quantize_rows(_check_finite(to_float32(values), tensor), bits, group_size)
@@ -139,11 +144,6 @@ class WeightsFile:
         self._file.write(b"\0" * (offset - self._file.tell()))
         for array in arrays:
             self._file.write(np.ascontiguousarray(array).view(np.uint8).data)
-            self._dirty += array.nbytes
-            if self._dirty >= _DIRTY_BYTES:  # keep the page cache from filling with dirty pages
-                self._file.flush()
-                os.fdatasync(self._file.fileno())
-                self._dirty = 0
         tensor = onnx.TensorProto(name=name, data_type=kind, dims=shape, data_location=onnx.TensorProto.EXTERNAL)
         for key, value in (("location", self._name), ("offset", offset), ("length", length)):
             tensor.external_data.add(key=key, value=str(value))
@@ -164,7 +164,7 @@ class WeightsFile:
                 future.cancel()
 
 
-def _chunks(weight: Weight, checkpoint: Checkpoint) -> Iterator[tuple[StoredTensor, int, int]]:
+def _chunks(weight: Weight, checkpoint: Checkpoint) -> Iterator[_Chunk]:
     for source in weight.sources:
         tensor = checkpoint.tensors[source]
         rows = max(1, _CHUNK_ELEMENTS // max(tensor.row_size, 1))

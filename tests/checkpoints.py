@@ -1,4 +1,4 @@
-"""Small random checkpoints in the Hugging Face layout, of every shape that APAR builds (needs torch and transformers)."""
+"""Small random checkpoints in the Hugging Face layout of every shape that APAR builds; needs transformers."""
 
 from __future__ import annotations
 
