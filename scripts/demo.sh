@@ -9,6 +9,9 @@ find_python
 ensure_compiler
 lock_build
 use_venv .venv-demo ""
+if [ -n "$venv_fresh" ]; then
+  pip_install "${build_tools[@]}"
+fi
 install_apar "$(digest_of export runtime plugins)" .
 seal_venv
 unlock_build

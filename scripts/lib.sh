@@ -77,6 +77,8 @@ use_venv() {
 # Everything asked for is installed: the next run may keep it.
 seal_venv() { printf '%s\n' "$venv_key" >"$venv/.apar-key"; }
 
+build_tools=("scikit-build-core>=1.0" cmake ninja)
+
 pip_install() { "$venv_python" -m pip install -qq "$@" </dev/null; }
 
 # install_apar KEY PIP-ARGUMENT...: install the checkout unless it is installed already with the same KEY.
@@ -88,8 +90,11 @@ install_apar() {
   [ "$(cat "$venv/.apar-installed" 2>/dev/null)" = "$key" ] && return
   say "building and installing apar"
   rm -f -- "$venv/.apar-installed"
-  # By environment, since pip before 23.1 has no -C.
-  SKBUILD_CMAKE_DEFINE="APAR_NATIVE=${APAR_NATIVE:-AUTO};APAR_WERROR=${APAR_WERROR:-OFF}" pip_install "$@"
+  # Without isolation and with a build folder for each environment, only what changed is compiled again.
+  # Settings go by environment, since pip before 23.1 has no -C.
+  SKBUILD_BUILD_DIR=build/${venv##*/.venv-} \
+    SKBUILD_CMAKE_DEFINE="APAR_NATIVE=${APAR_NATIVE:-AUTO};APAR_WERROR=${APAR_WERROR:-OFF}" \
+    pip_install --no-build-isolation "$@"
   printf '%s\n' "$key" >"$venv/.apar-installed"
   "$venv_python" -c 'import apar.plugins; apar.plugins.library_path()' 2>/dev/null ||
     say "note: built without the native kernels; for the reason run: rm -r ${venv##*/} && pip install -v ."

@@ -20,11 +20,11 @@ use_venv .venv-test "$torch_spec"
 if [ -n "$venv_fresh" ]; then
   say "installing $torch_spec and the test tools (some minutes the first time)"
   # torch first and alone: resolved together with the rest, pip might take another build of it.
-  pip_install "$torch_spec" "scikit-build-core>=1.0" cmake ninja
-  install_apar "$(digest_of plugins)" --no-build-isolation -e '.[test]'
+  pip_install "$torch_spec" "${build_tools[@]}"
+  install_apar "$(digest_of plugins)" -e '.[test]'
   seal_venv
 fi
-install_apar "$(digest_of plugins)" --no-build-isolation --no-deps -e .
+install_apar "$(digest_of plugins)" --no-deps -e .
 unlock_build
 
 lint=passed
