@@ -240,7 +240,10 @@ class Scheduler:
             plan = self._plan(rows)
             if plan is not None:
                 return self._build(*plan)
-            self._relieve()
+            behind = len(self._catching)
+            self._book_catching_up()  # blocks found in the prefix cache may have been all that was missing
+            if len(self._catching) == behind:
+                self._relieve()
 
     def _plan(self, rows: Int32Array) -> tuple[Int32Array, Int32Array, list[int]] | None:
         """Choose rows and token counts and take their blocks; None if room must be made first."""

@@ -1,0 +1,165 @@
+"""Test double of an executor: its "K/V" are the token ids themselves, its logits a hash of the whole path.
+
+Whatever the host does wrong shows: a table that lists a wrong block, a copy that was forgotten, a write into
+a block that somebody shares, a slot used before it was filled. `reference_tree` decodes the same "model"
+without scheduler, blocks or batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+
+from apar.export.manifest import DecoderConfig, Manifest, TokenIds
+from apar.runtime.executor.base import Executor
+from apar.runtime.sampling_params import SamplingParams
+from apar.runtime.step import Float32Array, StepInputs
+
+VOCAB = 24
+FORK, CHILD, EOS = 20, 21, 2
+TOKENS = TokenIds(fork=FORK, child=CHILD, eos=(EOS,), bos=1, pad=0)
+UNWRITTEN = -7
+
+
+@lru_cache(maxsize=200_000)
+def scores(path: tuple[int, ...]) -> Float32Array:
+    """Logits after a path: pseudo-random, with [Fork] and end-of-sequence likelier than other tokens."""
+    random = np.random.Generator(np.random.PCG64(abs(hash(path)) % (1 << 63)))
+    values = random.random(VOCAB).astype(np.float32)
+    values[FORK] += np.float32(0.5 * random.random())
+    values[EOS] += np.float32(0.1 * random.random())
+    return values
+
+
+class PathExecutor(Executor):
+    """Checks every step against the contract and its own memory of what was written where."""
+
+    name = "path"
+
+    def __init__(self, num_blocks: int, block_size: int, max_context: int) -> None:
+        self.num_blocks = num_blocks
+        self.detail = "test double"
+        self.manifest = Manifest(
+            decoder=DecoderConfig(
+                vocab_size=VOCAB,
+                hidden_size=2,
+                num_layers=1,
+                num_heads=1,
+                num_kv_heads=1,
+                head_dim=2,
+                intermediate_size=2,
+                rms_norm_eps=1e-6,
+                max_context=max_context,
+                rope_inv_freq=(1.0,),
+            ),
+            tokens=TOKENS,
+            block_size=block_size,
+        )
+        self.slots = np.full(num_blocks * block_size, UNWRITTEN, dtype=np.int64)
+        self.fail_next = False
+        self.poison: set[int] = set()
+        """Prompt-starting tokens whose rows get NaN logits."""
+        self.computed_tokens = 0
+        self.block_reads = 0
+
+    def execute(self, inputs: StepInputs) -> Float32Array:
+        if self.fail_next:
+            self.fail_next = False
+            raise RuntimeError("injected failure")
+        size = self.manifest.block_size
+        rows = inputs.kv_len.size
+        tokens = inputs.input_ids.size
+        assert inputs.query_start[0] == 0 and inputs.query_start[-1] == tokens
+        assert all(getattr(inputs, name).flags.c_contiguous for name in inputs.__slots__)
+        assert all(getattr(inputs, name).dtype == np.int32 for name in inputs.__slots__)
+        self.slots[inputs.slot_copies[:, 1]] = self.slots[inputs.slot_copies[:, 0]]
+        assert len(set(inputs.slot_mapping.tolist())) == tokens, "two tokens write one slot"
+        self.slots[inputs.slot_mapping] = inputs.input_ids
+        self.computed_tokens += tokens
+        paths = []
+        for row in range(rows):
+            table, length = inputs.block_table[row], int(inputs.kv_len[row])
+            used = -(-length // size)
+            assert (table[:used] >= 0).all() and (table[used:] == -1).all()
+            assert len(set(table[:used].tolist())) == used, "a block stands twice in a table"
+            index = np.arange(length)
+            where = table[index // size] * size + index % size
+            start, end = int(inputs.query_start[row]), int(inputs.query_start[row + 1])
+            assert (inputs.slot_mapping[start:end] == where[length - (end - start) :]).all()
+            assert (inputs.position_ids[start:end] == index[length - (end - start) :]).all()
+            path = self.slots[where]
+            assert (path >= 0).all(), "a slot is read before it was written"
+            paths.append(tuple(path.tolist()))
+        self._check_groups(inputs)
+        logits = np.zeros((inputs.logits_rows.size, VOCAB), dtype=np.float32)
+        ends = {int(end) - 1: row for row, end in enumerate(inputs.query_start[1:])}
+        for i, token in enumerate(inputs.logits_rows.tolist()):
+            path = paths[ends[token]]
+            logits[i] = np.nan if path[0] in self.poison else scores(path)
+        return logits
+
+    def _check_groups(self, inputs: StepInputs) -> None:
+        rows = inputs.prefix_rows
+        assert rows[0] == 0 and rows[-1] == inputs.kv_len.size and (np.diff(rows) > 0).all()
+        for group, shared in enumerate(inputs.prefix_blocks.tolist()):
+            tables = inputs.block_table[rows[group] : rows[group + 1], :shared]
+            assert (tables == tables[0]).all(), "rows of a group do not share the blocks they are said to share"
+            assert (tables >= 0).all()
+            # Shared blocks are full before the step: nobody writes them in it.
+            first_written = inputs.kv_len - np.diff(inputs.query_start)
+            assert (first_written[rows[group] : rows[group + 1]] >= shared * self.manifest.block_size).all()
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass
+class PlainBranch:
+    """A branch of the reference: own tokens and children in fork order."""
+
+    tokens: list[int] = field(default_factory=list)
+    children: list[PlainBranch] = field(default_factory=list)
+    reason: str = ""
+
+
+def reference_tree(prompt: list[int], params: SamplingParams, max_context: int) -> PlainBranch:
+    """Decode greedily, one path after the other, with the bans that do not depend on other branches."""
+
+    def decode(path: list[int], depth: int) -> PlainBranch:
+        branch = PlainBranch()
+        start = len(path)
+        limit = max_context
+        if params.max_branch_tokens is not None:
+            limit = min(limit, start + params.max_branch_tokens)
+        while True:
+            values = scores(tuple(path)).copy()
+            values[CHILD] = -np.inf
+            deepest = depth >= (params.max_depth if params.fork else 1)
+            if path[-1] in (FORK, CHILD) or deepest or len(path) + 3 > limit:
+                values[FORK] = -np.inf
+            token = int(values.argmax())
+            path = [*path, token]
+            if token == EOS:
+                branch.reason = "stop"
+                return branch
+            branch.tokens.append(token)
+            if len(path) >= limit:
+                branch.reason = "length"
+                return branch
+            if token == FORK:
+                branch.children.append(decode([*path, CHILD], depth + 1))
+
+    return decode(list(prompt), 1)
+
+
+def count_branches(branch: PlainBranch) -> int:
+    """Branches of a reference tree."""
+    return 1 + sum(count_branches(child) for child in branch.children)
+
+
+def shape(branch: object) -> tuple[object, ...]:
+    """A branch and all below it, of the reference or of the runtime, as plain tuples."""
+    reason = getattr(branch, "reason", None) or getattr(branch, "finish_reason", None)
+    return (tuple(branch.tokens), reason, tuple(shape(child) for child in branch.children))  # type: ignore[attr-defined]

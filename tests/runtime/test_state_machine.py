@@ -1,0 +1,177 @@
+"""A Hypothesis state machine over requests, branches and blocks, against decoding without any of them.
+
+Whatever is added, stepped, cancelled, preempted or failed, in whatever order: the books balance after every
+rule, no step reads a slot that was not written or writes one that is shared (the path executor checks), and
+every request that ran to its end gives exactly the tree that plain decoding gives.
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from path_executor import PathExecutor, reference_tree, shape
+
+from apar.runtime.branch import Request, RequestState
+from apar.runtime.engine import Engine
+from apar.runtime.sampling_params import SamplingParams
+from apar.runtime.scheduler import SchedulerLimits
+
+CONTEXT = 64
+HEADS = [np.random.default_rng(seed).integers(3, 20, size=20).tolist() for seed in range(3)]
+
+
+class BranchesAndBlocks(RuleBasedStateMachine):
+    """Rules drive the real engine, scheduler and KV books over the path executor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = 0
+        self.requests: list[tuple[Request, list[int]]] = []
+
+    @initialize(
+        block_size=st.sampled_from([1, 2, 4, 8]),
+        spare=st.integers(0, 60),
+        rows=st.sampled_from([3, 8, 40]),
+        caching=st.booleans(),
+    )
+    def start(self, block_size: int, spare: int, rows: int, caching: bool) -> None:
+        limits = SchedulerLimits(
+            max_rows=rows, max_step_tokens=2 * rows + 5, max_live_branches=3 * rows + 20, prefix_caching=caching
+        )
+        self.executor = PathExecutor(CONTEXT // block_size + spare, block_size, CONTEXT)
+        self.engine = Engine(self.executor, limits)
+        # Limits that depend on what else is live would make a tree depend on the schedule: keep them out of reach.
+        self.params = SamplingParams(max_tokens=100_000, max_depth=2, max_branch_tokens=24)
+        self.plain = SamplingParams(max_tokens=100_000, fork=False, max_branch_tokens=24)
+        self.may_fork = rows == 40
+
+    @rule(
+        head=st.sampled_from(HEADS), keep=st.integers(0, 20), tail=st.lists(st.integers(3, 19), min_size=1, max_size=9)
+    )
+    def add(self, head: list[int], keep: int, tail: list[int]) -> None:
+        prompt = head[:keep] + tail
+        params = self.params if self.may_fork else self.plain
+        request = self.engine.submit(f"r{len(self.requests)}", prompt, params)
+        self.requests.append((request, prompt))
+        self.operations += 1
+
+    @rule(count=st.integers(1, 25))
+    def step(self, count: int) -> None:
+        for _ in range(count):
+            if self.engine.step() is None:
+                assert self.engine.scheduler.idle
+            self.engine.scheduler.check()
+            self.operations += 1
+
+    @rule()
+    def fail(self) -> None:
+        self.executor.fail_next = True
+        self.engine.step()
+        self.executor.fail_next = False
+        # Blocks that nobody holds or knows may be overwritten by anything.
+        books = self.engine.cache
+        unknown = (books.references == 0) & ~books._registered
+        self.executor.slots.reshape(books.num_blocks, -1)[unknown] = -7
+        self.operations += 1
+
+    @rule(data=st.data())
+    @precondition(lambda self: any(r.state is not RequestState.FINISHED for r, _ in self.requests))
+    def cancel(self, data: st.DataObject) -> None:
+        alive = [r for r, _ in self.requests if r.state is not RequestState.FINISHED]
+        request = alive[data.draw(st.integers(0, len(alive) - 1))]
+        self.engine.scheduler.cancel(request)
+        assert not request.live
+        self.operations += 1
+
+    @rule(data=st.data())
+    @precondition(lambda self: bool(self.engine.scheduler.running))
+    def preempt(self, data: st.DataObject) -> None:
+        running = self.engine.scheduler.running
+        self.engine.scheduler._preempt(running[data.draw(st.integers(0, len(running) - 1))])
+        self.operations += 1
+
+    @rule(data=st.data())
+    @precondition(lambda self: any(r.live for r in self.engine.scheduler.running))
+    def finish_a_branch(self, data: st.DataObject) -> None:
+        """What a stop string does."""
+        live = [b for r in self.engine.scheduler.running for b in r.live]
+        branch = live[data.draw(st.integers(0, len(live) - 1))]
+        self.engine.scheduler.finish_branch(branch, "stop_string")
+        self.operations += 1
+
+    @invariant()
+    def books_balance(self) -> None:
+        if hasattr(self, "engine"):
+            self.engine.scheduler.check()
+
+    def teardown(self) -> None:
+        if not hasattr(self, "engine"):
+            return
+        for _ in range(100_000):
+            if self.engine.step() is None:
+                break
+            self.engine.scheduler.check()
+        assert self.engine.scheduler.idle
+        assert self.engine.cache.num_referenced == 0
+        assert self.engine.scheduler.table.num_free == self.engine.scheduler.table.capacity
+        params = self.params if self.may_fork else self.plain
+        for request, prompt in self.requests:
+            disturbed = any(b.finish_reason in ("error", "cancelled", "stop_string") for b in request.branches)
+            if disturbed or not request.branches:
+                continue
+            assert shape(request.root) == shape(
+                reference_tree(prompt, params, min(CONTEXT, self.engine.scheduler.max_context))
+            )
+
+
+BranchesAndBlocks.TestCase.settings = settings(
+    max_examples=40,
+    stateful_step_count=40,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+TestBranchesAndBlocks = BranchesAndBlocks.TestCase
+
+
+@pytest.mark.soak
+def test_a_million_operations() -> None:
+    """Random operations on one long-lived engine after another; APAR_SOAK_OPERATIONS changes how many."""
+    wanted = int(os.environ.get("APAR_SOAK_OPERATIONS", "1000000"))
+    random = np.random.default_rng(0)
+    done = 0
+    while done < wanted:
+        machine = BranchesAndBlocks()
+        machine.start(
+            int(random.choice([1, 2, 4, 8])),
+            int(random.integers(0, 61)),
+            int(random.choice([3, 8, 40])),
+            bool(random.integers(2)),
+        )
+        scheduler = machine.engine.scheduler
+        for _ in range(400):
+            choice = random.random()
+            if choice < 0.25 and len(scheduler.waiting) < 20:
+                head = HEADS[int(random.integers(3))][: int(random.integers(21))]
+                machine.add(head, 20, random.integers(3, 20, size=int(random.integers(1, 10))).tolist())
+            elif choice < 0.9:
+                machine.step(int(random.integers(1, 26)))
+            elif choice < 0.92:
+                machine.fail()
+            elif scheduler.running:
+                request = scheduler.running[int(random.integers(len(scheduler.running)))]
+                if choice < 0.94:
+                    scheduler.cancel(request)
+                elif choice < 0.97:
+                    scheduler._preempt(request)
+                else:
+                    scheduler.finish_branch(request.live[int(random.integers(len(request.live)))], "stop_string")
+                machine.operations += 1
+            machine.books_balance()
+        machine.teardown()
+        done += machine.operations
