@@ -14,8 +14,9 @@ def check_step(inputs: StepInputs, *, num_blocks: int, block_size: int, vocab_si
     """Raise ExecutorError unless every index of `inputs` is in bounds and no slot has two writers."""
     for name in INPUT_NAMES:
         array = getattr(inputs, name)
-        if array.dtype != np.int32 or array.ndim != _RANKS.get(name, 1):
-            raise ExecutorError(f"{name} must be int32 of rank {_RANKS.get(name, 1)}, not {array.dtype} of {array.ndim}")
+        rank = _RANKS.get(name, 1)
+        if array.dtype != np.int32 or array.ndim != rank:
+            raise ExecutorError(f"{name} must be int32 of rank {rank}, not {array.dtype} of rank {array.ndim}")
     tokens, rows = inputs.input_ids.size, inputs.kv_len.size
     slots = num_blocks * block_size
     count = np.diff(inputs.query_start)

@@ -54,7 +54,9 @@ def _context(inputs: StepInputs, size: int, scratch: int) -> tuple[Int64Array, B
     offset = np.arange(size)
     by_row = np.zeros((kv_len.size, blocks.size, size), bool)
     by_row[row, place] = offset < (before[row] - first[column])[:, None]
-    visible = np.repeat(by_row.reshape(kv_len.size, -1), count, axis=0)
+    visible = by_row.reshape(kv_len.size, -1)
+    if inputs.input_ids.size != kv_len.size:
+        visible = np.repeat(visible, count, axis=0)
     # Where each block of a row begins among the context's slots.
     begin = np.zeros(inputs.block_table.shape, np.int64)
     begin[row, column] = place * size

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+
 from apar.runtime.step import StepInputs
 
 
@@ -108,7 +109,7 @@ class Books:
         ids: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
-        starts, lengths, paths = [0], [], []
+        starts, lengths, begins, paths = [0], [], [], []
         sees: list[list[int]] = []
         for row in rows:
             branch, begin = row.branch, row.branch.done
@@ -132,8 +133,9 @@ class Books:
             slots += [self.slot(branch, index) for index in range(begin, total)]
             starts.append(starts[-1] + total - begin)
             lengths.append(total)
+            begins.append(begin)
         tables = [row.branch.blocks for row in rows]
-        groups, shared = self._groups(tables, [end - count for end, count in zip(lengths, np.diff(starts), strict=True)])
+        groups, shared = self._groups(tables, begins)
         for _ in range(padding):
             ids.append(0)
             positions.append(0)
