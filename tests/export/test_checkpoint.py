@@ -1,0 +1,332 @@
+"""The checkpoint reader: every layout reads alike, every defect is a CheckpointError that says what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import make_checkpoint
+
+from apar.export.checkpoint import Checkpoint
+from apar.export.errors import CheckpointError
+from apar.export.tensor_files import to_float32
+
+LAYOUTS = ("safetensors", "safetensors-sharded", "bin", "bin-sharded")
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One checkpoint in each layout, all of the same numbers."""
+    root = tmp_path_factory.mktemp("layouts")
+    for layout in LAYOUTS:
+        make_checkpoint(root / layout, "gqa", layout=layout, dtype=torch.bfloat16)
+    return {layout: root / layout for layout in LAYOUTS}
+
+
+@pytest.fixture
+def copy(originals: dict[str, Path], tmp_path: Path) -> Any:
+    """A function that gives a private copy of a layout to damage."""
+
+    def make(layout: str = "safetensors") -> Path:
+        return Path(shutil.copytree(originals[layout], tmp_path / layout))
+
+    return make
+
+
+def edit_config(directory: Path, **changes: Any) -> Path:
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    for key, value in changes.items():
+        config.pop(key, None) if value is None else config.update({key: value})
+    path.write_text(json.dumps(config))
+    return directory
+
+
+def header_of(path: Path) -> tuple[dict[str, Any], bytes]:
+    raw = path.read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    return json.loads(raw[8 : 8 + length]), raw[8 + length :]
+
+
+def write_header(path: Path, header: Any, data: bytes) -> None:
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(raw)) + raw + data)
+
+
+def test_all_layouts_hold_the_same(originals: dict[str, Path]) -> None:
+    first = Checkpoint.open(originals["safetensors"])
+    assert len({t.path for t in Checkpoint.open(originals["bin-sharded"]).tensors.values()}) > 1
+    for layout in LAYOUTS:
+        other = Checkpoint.open(originals[layout])
+        assert other.config == first.config
+        assert list(other.tensors) == list(first.tensors)
+        for name, tensor in other.tensors.items():
+            assert tensor.dtype == "bfloat16"
+            whole = tensor.read().view(np.uint16)
+            np.testing.assert_array_equal(whole, first.tensors[name].read().view(np.uint16))
+            np.testing.assert_array_equal(whole, tensor.map().view(np.uint16))
+            np.testing.assert_array_equal(whole[3:9], tensor.read(3, 9).view(np.uint16))
+
+
+def test_numbers_are_the_models(tmp_path: Path) -> None:
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        model = make_checkpoint(tmp_path / str(dtype), dtype=dtype)
+        state = model.state_dict()
+        for name, tensor in Checkpoint.open(tmp_path / str(dtype)).tensors.items():
+            np.testing.assert_array_equal(to_float32(tensor.read()), state[name].numpy())
+
+
+def test_config_is_read(originals: dict[str, Path], copy: Any) -> None:
+    config = Checkpoint.open(originals["safetensors"]).config
+    decoder = config.decoder
+    assert (decoder.num_heads, decoder.num_kv_heads, decoder.head_dim, decoder.qkv_size) == (4, 2, 16, 128)
+    assert (decoder.rms_norm_eps, decoder.max_context) == (1e-5, 256)
+    assert (config.eos, config.bos, config.pad) == ((2,), 1, 0)
+    directory = edit_config(copy(), eos_token_id=[2, 7], pad_token_id=-1)
+    (directory / "generation_config.json").write_text('{"eos_token_id": [9, 2], "pad_token_id": 4}')
+    config = Checkpoint.open(directory).config
+    assert (config.eos, config.pad) == ((9, 2, 7), 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "mistral"}, "model_type 'mistral' is not supported"),
+        ({"model_type": None, "architectures": None}, "model_type None is not supported"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification is not supported"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
+        ({"quantization_config": {"quant_method": "awq"}}, r"quantised already \(awq\)"),
+        ({"hidden_size": None}, "hidden_size must be a positive integer, not None"),
+        ({"num_hidden_layers": "two"}, "num_hidden_layers must be a positive integer, not 'two'"),
+        ({"num_key_value_heads": 3}, "num_attention_heads 4 is no multiple of num_key_value_heads 3"),
+        ({"head_dim": None, "num_attention_heads": 5, "num_key_value_heads": 5}, "64 is no multiple of"),
+        ({"head_dim": 15}, "head_dim 15 is odd"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps must be a small positive number"),
+        ({"eos_token_id": "end"}, "eos_token_id must be a token id"),
+        ({"eos_token_id": 264}, "eos_token_id 264 is not below vocab_size 264"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "type 'dynamic' is not supported"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "supported are default, linear, llama3, yarn"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "linear"}}, "needs a positive number 'factor', not None"),
+        ({"rope_parameters": [1]}, "must be an object"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"num_hidden_layers": 3}, r"lacks tensors .*model\.layers\.2\.input_layernorm.* and 4 more"),
+        ({"num_hidden_layers": 1}, r"does not account for: model\.layers\.1\."),
+        ({"attention_bias": True}, r"lacks tensors.*q_proj\.bias"),
+        ({"vocab_size": 300}, r"embed_tokens\.weight has shape \[264, 64\], config.json asks for \[300, 64\]"),
+    ],
+)
+def test_config_errors(copy: Any, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        Checkpoint.open(edit_config(copy(), **changes))
+
+
+def test_directory_errors(copy: Any, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is not a directory"):
+        Checkpoint.open(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match=r"holds no config\.json; give the directory"):
+        Checkpoint.open(tmp_path)
+    directory = copy()
+    (directory / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"holds no weights: none of model\.safetensors, "):
+        Checkpoint.open(directory)
+    (directory / "config.json").write_text("{not json")
+    with pytest.raises(CheckpointError, match="cannot be read as JSON"):
+        Checkpoint.open(directory)
+    (directory / "config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="must hold a JSON object, not list"):
+        Checkpoint.open(directory)
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (b"", "truncated or no safetensors file"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1", "Git LFS pointer"),
+        (struct.pack("<Q", 1 << 62) + b"{}", "truncated or no safetensors file"),
+        (struct.pack("<Q", 4) + b"{abc", "damaged safetensors header"),
+        (struct.pack("<Q", 4) + b"\xff\xfe\xfd\xfc", "damaged safetensors header"),
+        (struct.pack("<Q", 2) + b"[]", "it holds no object"),
+        (struct.pack("<Q", 8) + b'{"a": 1}', "damaged safetensors header"),
+        (struct.pack("<Q", 20) + b"[" * 20, "damaged safetensors header"),
+    ],
+)
+def test_garbage_headers(copy: Any, raw: bytes, message: str) -> None:
+    directory = copy()
+    (directory / "model.safetensors").write_bytes(raw)
+    with pytest.raises(CheckpointError, match=message):
+        Checkpoint.open(directory)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": "F13"}, "unknown element type 'F13'"),
+        ({"shape": [-64]}, "natural numbers"),
+        ({"shape": [65]}, r"tensor model\.norm\.weight of shape \[65\] lies at"),
+        ({"shape": "64"}, "damaged safetensors header"),
+        ({"data_offsets": [-2, 126]}, "natural numbers"),
+        ({"data_offsets": [1 << 40, (1 << 40) + 128]}, "truncated: tensor model.norm.weight ends at byte"),
+        ({"data_offsets": [0]}, "damaged safetensors header"),
+        ({"dtype": "I16"}, "is int16, which is not supported"),
+    ],
+)
+def test_damaged_entries(copy: Any, change: dict[str, Any], message: str) -> None:
+    path = copy() / "model.safetensors"
+    header, data = header_of(path)
+    header["model.norm.weight"] |= change
+    write_header(path, header, data)
+    with pytest.raises(CheckpointError, match=message):
+        Checkpoint.open(path.parent)
+
+
+def test_truncated_files(copy: Any) -> None:
+    for layout, name in (("safetensors", "model.safetensors"), ("bin", "pytorch_model.bin")):
+        path = copy(layout) / name
+        os.truncate(path, path.stat().st_size - 100)
+        with pytest.raises(CheckpointError, match=f"{name} is truncated"):
+            Checkpoint.open(path.parent)
+
+
+def test_file_cut_after_opening(copy: Any) -> None:
+    path = copy() / "model.safetensors"
+    tensor = max(Checkpoint.open(path.parent).tensors.values(), key=lambda t: t.offset)
+    os.truncate(path, tensor.offset + 2)
+    with pytest.raises(CheckpointError, match=f"ends inside tensor {tensor.name}"):
+        tensor.read()
+
+
+def test_missing_and_surplus_tensors(copy: Any) -> None:
+    path = copy() / "model.safetensors"
+    header, data = header_of(path)
+    spare = header.pop("lm_head.weight")
+    write_header(path, header, data)
+    with pytest.raises(CheckpointError, match=r'lm_head\.weight \(.*"tie_word_embeddings": true'):
+        Checkpoint.open(path.parent)
+    header |= {"lm_head.weight": spare, "model.layers.0.self_attn.rotary_emb.inv_freq": spare}
+    write_header(path, header, data)
+    assert "model.layers.0.self_attn.rotary_emb.inv_freq" not in Checkpoint.open(path.parent).tensors
+    header["model.layers.0.self_attn.q_proj.bias"] = spare
+    write_header(path, header, data)
+    with pytest.raises(CheckpointError, match=r"does not account for: .*q_proj\.bias; check .*attention_bias"):
+        Checkpoint.open(path.parent)
+
+
+@pytest.mark.parametrize("layout", ["safetensors-sharded", "bin-sharded"])
+def test_index_errors(copy: Any, layout: str) -> None:
+    directory = copy(layout)
+    index = next(directory.glob("*.index.json"))
+    data = json.loads(index.read_text())
+    names = list(data["weight_map"])
+    shard = data["weight_map"][names[0]]
+    (directory / shard).rename(directory / "away")
+    with pytest.raises(CheckpointError, match=f"names shards that are not there: {shard}; fetch"):
+        Checkpoint.open(directory)
+    (directory / "away").rename(directory / shard)
+    outside = ("../model.safetensors", "/etc/passwd", "..", "a/b", "a\\b", "")
+    for bad, message in [(name, "not a plain file name") for name in outside]:
+        changed = {"weight_map": data["weight_map"] | {names[0]: bad}}
+        index.write_text(json.dumps(changed))
+        with pytest.raises(CheckpointError, match=message):
+            Checkpoint.open(directory)
+    index.write_text(json.dumps({"weight_map": data["weight_map"] | {"model.extra.weight": shard}}))
+    with pytest.raises(CheckpointError, match=r"lacks tensors that .* promises: model\.extra\.weight"):
+        Checkpoint.open(directory)
+    for empty in ({}, {"weight_map": {}}, {"weight_map": [1]}):
+        index.write_text(json.dumps(empty))
+        with pytest.raises(CheckpointError, match="has no weight_map"):
+            Checkpoint.open(directory)
+
+
+class Exploit:
+    """Unpickled by an ordinary loader, this makes the file it names."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = str(target)
+
+    def __reduce__(self) -> Any:
+        return (os.mkdir, (self.target,))
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_malicious_pickle_is_refused_and_not_run(copy: Any, tmp_path: Path, protocol: int) -> None:
+    path = copy("bin") / "pytorch_model.bin"
+    torch.save(OrderedDict(a=Exploit(tmp_path / "pwned")), path, pickle_protocol=protocol)
+    with pytest.raises(CheckpointError, match=r"refused: its pickle asks for (posix|nt)\.mkdir.*nothing was run"):
+        Checkpoint.open(path.parent)
+    assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (b"cbuiltins\neval\n(S'1'\ntR.", r"asks for builtins\.eval"),
+        (b"ctorch._utils\n_rebuild_tensor_v2\n(NNNNtR.", "its pickle is damaged"),
+        (b"\x80\x02}.", "lacks tensors"),
+        (b"\x80\x02].", "holds a list, not a state dict"),
+        (b"\x80\x02}X\x01\x00\x00\x00aK\x01s.", "entry 'a' is no plain tensor"),
+        (b"(S'storage'\ntQ.", "a storage is described wrongly"),
+        (b"garbage", "its pickle is damaged"),
+    ],
+)
+def test_odd_pickles(copy: Any, code: bytes, message: str) -> None:
+    path = copy("bin") / "pytorch_model.bin"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", code)
+    with pytest.raises(CheckpointError, match=message):
+        Checkpoint.open(path.parent)
+
+
+def test_odd_torch_files(copy: Any) -> None:
+    path = copy("bin") / "pytorch_model.bin"
+    state = torch.load(path)
+    view = state["lm_head.weight"].T
+    torch.save(state | {"lm_head.weight": view.contiguous().T}, path)
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight is a strided view"):
+        Checkpoint.open(path.parent)
+    torch.save(state, path, _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError, match=r"from before 1\.6"):
+        Checkpoint.open(path.parent)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("readme", "x")
+    with pytest.raises(CheckpointError, match=r"not one of torch\.save"):
+        Checkpoint.open(path.parent)
+    torch.save(state, path)
+    with zipfile.ZipFile(path) as source:
+        members = {info.filename: source.read(info) for info in source.infolist()}
+    key = next(name for name in members if name.endswith("/data/0"))
+    for changed, compression, message in (
+        ({**members, key: members[key][:-2]}, zipfile.ZIP_STORED, "is larger than its storage"),
+        ({k: v for k, v in members.items() if k != key}, zipfile.ZIP_STORED, "lacks the storage of tensor"),
+        (members, zipfile.ZIP_DEFLATED, "is compressed"),
+        ({k: b"big" if "byteorder" in k else v for k, v in members.items()}, zipfile.ZIP_STORED, "big-endian"),
+    ):
+        with zipfile.ZipFile(path, "w", compression) as archive:
+            for name, data in changed.items():
+                archive.writestr(name, data)
+        with pytest.raises(CheckpointError, match=message):
+            Checkpoint.open(path.parent)
+
+
+def test_parameters_and_views_of_one_storage_are_read(copy: Any) -> None:
+    path = copy("bin") / "pytorch_model.bin"
+    expected = torch.load(path)
+    joined = torch.cat([expected[f"model.layers.0.mlp.{name}_proj.weight"] for name in ("gate", "up")])
+    gate, up = joined.split(112)
+    state = expected | {
+        "model.layers.0.mlp.gate_proj.weight": torch.nn.Parameter(gate),
+        "model.layers.0.mlp.up_proj.weight": up,
+    }
+    torch.save(state, path)
+    tensors = Checkpoint.open(path.parent).tensors
+    for name in ("gate", "up"):
+        name = f"model.layers.0.mlp.{name}_proj.weight"
+        np.testing.assert_array_equal(to_float32(tensors[name].read()), expected[name].float().numpy())
