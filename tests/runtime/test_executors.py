@@ -31,7 +31,7 @@ EXACT = 1e-4
 FLOAT16_POOL = 2e-2
 """Keys and values rounded to 11 bits (seen: 4e-3)."""
 INT8_ACTIVATIONS = 0.25
-"""MatMulNBits rounds activations to int8 by group; the reference does not (seen: 0.12)."""
+"""MatMulNBits rounds activations to int8 by group; the reference does not (seen: 0.14)."""
 
 # Built from the sources on this platform, so a missing library is a failure there and not a reason to skip.
 NATIVE_EXPECTED = sys.platform == "linux" and platform.machine() in ("x86_64", "AMD64")
