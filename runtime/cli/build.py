@@ -1,0 +1,125 @@
+"""`apar build`: a checkpoint becomes an engine directory."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from apar.export.manifest import DTYPES, KV_DTYPES, QUANTIZATIONS
+from apar.runtime.cli.parser import Parser, whole
+from apar.runtime.cli.progress import BuildProgress
+
+if TYPE_CHECKING:
+    from apar.export.manifest import Manifest
+
+DESCRIPTION = """\
+Build an engine directory from a Hugging Face checkpoint (Llama family, safetensors or pytorch_model-*.bin).
+
+Weights are streamed, so memory stays small whatever the model's size. The engine appears whole or not at all: a
+build that fails or is interrupted leaves an engine that was there before as it was.
+"""
+EPILOG = """\
+examples:
+  apar build ./vicuna-7b-apar -o ./engine
+  apar build ./vicuna-7b-apar -o ./engine-int4 --quantize int4
+  apar build ./my-model -o ./engine --fork-token "<fork>" --child-token "<child>" --max-context 4096
+"""
+
+
+def make_parser() -> Parser:
+    """Options of `apar build`."""
+    parser = Parser(prog="apar build", description=DESCRIPTION, epilog=EPILOG)
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", type=Path, help="directory with config.json, weights, tokenizer"
+    )
+    parser.add_argument("-o", "--output", metavar="DIR", type=Path, required=True, help="the engine directory to make")
+    parser.add_argument("--overwrite", action="store_true", help="replace an engine that is already at DIR, at the end")
+    weights = parser.add_argument_group("weights")
+    weights.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="how weights that are not quantised are stored"
+    )
+    weights.add_argument(
+        "--quantize",
+        choices=QUANTIZATIONS,
+        default="none",
+        help="store projections in 8 or 4 bits; int4 keeps the last matrix (lm_head) at int8",
+    )
+    weights.add_argument(
+        "--group-size",
+        type=whole(1),
+        metavar="N",
+        help="with --quantize: input channels that share a scale; 16, 32, 64, 128 or 256 (default: 32)",
+    )
+    cache = parser.add_argument_group("KV cache")
+    cache.add_argument(
+        "--block-size", type=whole(1), default=16, metavar="N", help="tokens in a block: 8, 16, 32, 64 or 128"
+    )
+    cache.add_argument(
+        "--kv-dtype",
+        choices=("auto", *KV_DTYPES),
+        default="auto",
+        help="type of keys and values; auto is float32 for a plain float32 engine, float16 otherwise",
+    )
+    cache.add_argument(
+        "--max-context",
+        type=whole(1),
+        metavar="N",
+        help="longest path in tokens (default: the checkpoint's max_position_embeddings)",
+    )
+    tokens = parser.add_argument_group("control tokens")
+    tokens.add_argument(
+        "--fork-token", metavar="S", help="string or id of [Fork] in this tokenizer (default: [SplitMask])"
+    )
+    tokens.add_argument(
+        "--child-token", metavar="S", help="string or id of [Child] in this tokenizer (default: [SplitSop])"
+    )
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress and no summary")
+    parser.add_debug()
+    return parser
+
+
+def run(options: argparse.Namespace) -> int:
+    """Build and say what came out. Raises BuildError, CheckpointError, TokenizerError."""
+    from apar.export.onnx_engine import build
+
+    began = time.monotonic()
+    with BuildProgress(sys.stderr, "", quiet=options.quiet) as progress:
+        manifest = build(
+            options.checkpoint,
+            options.output,
+            dtype=options.dtype,
+            quantize=options.quantize,
+            group_size=options.group_size,
+            block_size=options.block_size,
+            kv_dtype=options.kv_dtype,
+            fork_token=options.fork_token,
+            child_token=options.child_token,
+            max_context=options.max_context,
+            overwrite=options.overwrite,
+            progress=progress,
+        )
+    if not options.quiet:
+        print(summary(options.output, manifest, time.monotonic() - began), file=sys.stderr)
+    return 0
+
+
+def summary(output: Path, manifest: Manifest, seconds: float) -> str:
+    """What was built, in three lines."""
+    from apar.runtime.bench.machine import peak_memory
+    from apar.runtime.cli.inspect import human_bytes, weights_text
+
+    decoder = manifest.decoder
+    context = decoder.kv_bytes_per_token(manifest.kv_dtype) * decoder.max_context
+    peak = peak_memory()
+    return "\n".join(
+        (
+            f"{output}: {human_bytes(sum(manifest.files.values()))} in {seconds:.1f} s"
+            + (f", peak memory {human_bytes(peak)}" if peak else ""),
+            f"  weights {weights_text(manifest)}; keys and values {manifest.kv_dtype}, blocks of {manifest.block_size}"
+            f", {human_bytes(context)} for a full context of {decoder.max_context} tokens",
+            f'  try it: apar generate {output} "..."',
+        )
+    )

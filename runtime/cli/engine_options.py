@@ -1,0 +1,95 @@
+"""Options that say which engine runs, with what; shared by `generate` and `bench`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from apar.runtime.cli.parser import Parser, whole
+
+if TYPE_CHECKING:
+    from apar.runtime.scheduler import SchedulerLimits
+
+ENGINE_HELP = (
+    "an engine directory (from `apar build`), a Hugging Face checkpoint directory (built once into the cache "
+    "directory: $APAR_CACHE, else the user's cache), or `tiny`, the small model that ships with apar"
+)
+DEFAULT_ROWS = 256
+DEFAULT_STEP_TOKENS = 1024
+
+
+def add_engine_options(parser: Parser) -> None:
+    """ENGINE and how to run it."""
+    parser.add_argument("engine", metavar="ENGINE", help=ENGINE_HELP)
+    group = parser.add_argument_group("how it runs")
+    group.add_argument(
+        "--executor", choices=("auto", "onnx", "torch"), default="auto", help="what runs the model; auto is onnx"
+    )
+    group.add_argument(
+        "--graph",
+        choices=("auto", "native", "portable"),
+        default="auto",
+        help="onnx only: the graph with apar's own attention kernels (native), or with standard operators "
+        "(portable, slower); auto takes native where its library is there",
+    )
+    group.add_argument(
+        "--threads", type=whole(1), metavar="N", help="onnx only: threads of a step (default: physical cores)"
+    )
+    pool = group.add_mutually_exclusive_group()
+    pool.add_argument(
+        "--num-blocks",
+        type=whole(1),
+        metavar="N",
+        help="blocks in the KV pool (default: eight full contexts, at most a quarter of the free memory)",
+    )
+    pool.add_argument("--kv-memory-mb", type=whole(1), metavar="MB", help="the same by its size in MiB")
+    group.add_argument(
+        "--max-rows", type=whole(1), default=DEFAULT_ROWS, metavar="N", help="branches in one step, over all prompts"
+    )
+    group.add_argument(
+        "--max-step-tokens",
+        type=whole(2),
+        metavar="N",
+        help=f"tokens in one step; prompts are read in such chunks (default: {DEFAULT_STEP_TOKENS}, or twice "
+        "--max-rows where that is more)",
+    )
+
+
+def executor_options(options: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of the executor; only what the user gave."""
+    found: dict[str, Any] = {}
+    if options.graph != "auto":
+        found["graph"] = options.graph
+    if options.threads is not None:
+        found["threads"] = options.threads
+    if options.num_blocks is not None:
+        found["num_blocks"] = options.num_blocks
+    if options.kv_memory_mb is not None:
+        found["kv_memory_bytes"] = options.kv_memory_mb << 20
+    return found
+
+
+def scheduler_limits(options: argparse.Namespace, *, prefix_caching: bool = True) -> SchedulerLimits:
+    """Sizes of the scheduler. Raises CapacityError where they do not fit together."""
+    from apar.runtime.scheduler import SchedulerLimits
+
+    rows = options.max_rows
+    tokens = options.max_step_tokens
+    return SchedulerLimits(
+        max_rows=rows,
+        max_step_tokens=max(DEFAULT_STEP_TOKENS, 2 * rows) if tokens is None else tokens,
+        max_live_branches=max(1024, 4 * rows),
+        prefix_caching=prefix_caching,
+    )
+
+
+def find_engine(source: str, quiet: bool = False) -> Path:
+    """The engine directory for ENGINE; a checkpoint is built into the cache first, with progress on stderr."""
+    from apar.runtime.cli.progress import BuildProgress
+    from apar.runtime.engine_source import resolve_engine
+
+    progress = BuildProgress(sys.stderr, f"building an engine from {source}", quiet=quiet)
+    with progress:
+        return resolve_engine(source, progress)

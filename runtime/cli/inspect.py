@@ -1,0 +1,208 @@
+"""`apar inspect`: facts of an engine or a checkpoint, and how it would run on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from apar.export.errors import EngineError
+from apar.export.manifest import MANIFEST_NAME, Manifest
+from apar.runtime.cli.parser import Parser
+
+DESCRIPTION = """\
+Show what an engine holds: the model's shape and size, types, KV bytes, control tokens, files; and which executor,
+graph and kernels would run it here, with the reason. Of a checkpoint, the same for what `apar build` would make of it
+with default options; nothing is built.
+"""
+EPILOG = """\
+examples:
+  apar inspect ./engine
+  apar inspect ./vicuna-7b-apar --json
+"""
+
+
+def make_parser() -> Parser:
+    """Options of `apar inspect`."""
+    parser = Parser(prog="apar inspect", description=DESCRIPTION, epilog=EPILOG)
+    parser.add_argument(
+        "engine", metavar="ENGINE", help="an engine directory, a Hugging Face checkpoint directory, or `tiny`"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.add_debug()
+    return parser
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the facts. Raises EngineError, CheckpointError, TokenizerError."""
+    facts = inspect(options.engine)
+    if options.json:
+        print(json.dumps(facts, indent=2, ensure_ascii=False))
+    else:
+        _print_table(facts)
+    return 0
+
+
+def inspect(source: str) -> dict[str, Any]:
+    """Facts of an engine directory, a checkpoint directory, or `tiny`, as JSON-like values."""
+    from apar.export.tokenizer_files import read_tokenizer
+    from apar.runtime.engine_source import TINY, tiny_checkpoint
+
+    directory = tiny_checkpoint() if source == TINY and not Path(source).exists() else Path(source)
+    is_engine = (directory / MANIFEST_NAME).is_file()
+    if not is_engine and not (directory / "config.json").is_file():
+        raise EngineError(f"{source} is neither an engine directory nor a checkpoint directory, nor the word `tiny`")
+    manifest = Manifest.load(directory) if is_engine else _planned(directory)
+    strings = {token: text for text, token in read_tokenizer(directory).ids.items()}
+    decoder, tokens = manifest.decoder, manifest.tokens
+    shape = {k: v for k, v in dataclasses.asdict(decoder).items() if k not in ("rope_inv_freq", "max_context")}
+    ids = {"fork": tokens.fork, "child": tokens.child, "bos": tokens.bos, "pad": tokens.pad}
+    named = {name: {"id": i, "text": strings.get(i)} for name, i in ids.items() if i is not None}
+    files = manifest.files or {p.name: p.stat().st_size for p in sorted(directory.iterdir()) if p.is_file()}
+    return {
+        "kind": "engine" if is_engine else "checkpoint",
+        "directory": str(directory),
+        "source": manifest.source,
+        "format_version": manifest.format_version if is_engine else None,
+        "abi_version": manifest.abi_version if is_engine else None,
+        "apar_version": manifest.apar_version if is_engine else None,
+        "parameters": parameters(manifest),
+        "model": shape,
+        "max_context": decoder.max_context,
+        "dtype": manifest.dtype,
+        "quantize": manifest.quantize,
+        "group_size": manifest.group_size,
+        "block_size": manifest.block_size,
+        "kv_dtype": manifest.kv_dtype,
+        "kv_bytes_per_token": decoder.kv_bytes_per_token(manifest.kv_dtype),
+        "kv_bytes_per_block": decoder.kv_bytes_per_token(manifest.kv_dtype) * manifest.block_size,
+        "tokens": named | {"eos": [{"id": i, "text": strings.get(i)} for i in tokens.eos]},
+        "files": files,
+        "bytes": sum(files.values()),
+        "runs_here": _runs_here(manifest),
+    }
+
+
+def parameters(manifest: Manifest) -> int:
+    """Numbers that the model learned; a tied matrix counts once."""
+    from apar.export.weight_plan import weight_plan
+
+    return sum(math.prod(weight.shape) for weight in weight_plan(manifest.decoder, quantized=False))
+
+
+def human_bytes(count: float) -> str:
+    """A number of bytes for people, in powers of ten."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.1f} {unit}" if count < 10 and unit != "B" else f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def weights_text(manifest: Manifest) -> str:
+    """How weights are stored, for people."""
+    if manifest.quantize == "none":
+        return manifest.dtype
+    return f"{manifest.quantize} in groups of {manifest.group_size}, the rest {manifest.dtype}"
+
+
+def _planned(directory: Path) -> Manifest:
+    """What `apar build` would write for a checkpoint, default options."""
+    from apar.export.checkpoint import Checkpoint
+    from apar.export.control_tokens import resolve_tokens
+    from apar.export.tokenizer_files import read_tokenizer
+
+    checkpoint = Checkpoint.open(directory)
+    tokens = resolve_tokens(checkpoint.config, read_tokenizer(directory), None, None)
+    return Manifest(checkpoint.decoder, tokens, block_size=16, source=directory.resolve().name)
+
+
+def _runs_here(manifest: Manifest) -> dict[str, Any]:
+    import importlib.util
+
+    from apar.runtime.bench.machine import cpu_model, kernel_isa
+    from apar.runtime.executor.pool import pool_blocks
+    from apar.runtime.executor.threads import default_threads
+
+    isa, reason = kernel_isa()
+    kv_dtype = manifest.kv_dtype if isa else "float32"
+    blocks = pool_blocks(manifest, kv_dtype, None, None)
+    torch = importlib.util.find_spec("torch") is not None
+    return {
+        "executor": "onnx",
+        "graph": "native" if isa else "portable",
+        "isa": isa,
+        "reason": reason,
+        "cpu": cpu_model(),
+        "threads": default_threads(),
+        "kv_dtype": kv_dtype,
+        "num_blocks": blocks,
+        "pool_bytes": blocks * manifest.block_size * manifest.decoder.kv_bytes_per_token(kv_dtype),
+        "other_executors": ["torch"] if torch else [],
+    }
+
+
+def _print_table(facts: dict[str, Any]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in _lines(facts):
+        table.add_row(name, escape(value))
+    Console(highlight=False).print(table)
+
+
+def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    model, here, tokens = facts["model"], facts["runs_here"], facts["tokens"]
+    heads, kv_heads = model["num_heads"], model["num_kv_heads"]
+    kind = f"{facts['kind']}, built from {facts['source']}" if facts["kind"] == "engine" else "checkpoint (not built)"
+    if facts["apar_version"]:
+        kind += f" by apar {facts['apar_version']} (format {facts['format_version']}, ABI {facts['abi_version']})"
+    weights = facts["dtype"]
+    if facts["quantize"] != "none":
+        weights = f"{facts['quantize']} in groups of {facts['group_size']}, the rest {weights}"
+    extra = [n.replace("_", " ") for n in ("attention_bias", "mlp_bias", "tie_word_embeddings") if model[n]]
+    graph = here["graph"] + (f" graph, {here['isa']} kernels" if here["isa"] else " graph")
+    lines = [
+        ("directory", facts["directory"]),
+        ("kind", kind),
+        ("parameters", f"{facts['parameters']:,}"),
+        ("layers", f"{model['num_layers']} of {model['hidden_size']}, feed-forward {model['intermediate_size']}"),
+        (
+            "heads",
+            f"{heads} of {model['head_dim']}" + (f", {kv_heads} for keys and values" if kv_heads != heads else ""),
+        ),
+        ("vocabulary", f"{model['vocab_size']:,}"),
+        *([("also", ", ".join(extra))] if extra else []),
+        ("context", f"{facts['max_context']:,} tokens"),
+        ("weights", weights),
+        (
+            "keys and values",
+            f"{facts['kv_dtype']}, {facts['kv_bytes_per_token']:,} bytes a token, "
+            f"{facts['kv_bytes_per_block']:,} a block of {facts['block_size']}",
+        ),
+        ("[Fork], [Child]", ", ".join(_token(tokens[name]) for name in ("fork", "child"))),
+        ("begin, end", ", ".join(_token(t) for t in [*([tokens["bos"]] if "bos" in tokens else []), *tokens["eos"]])),
+        ("size", human_bytes(facts["bytes"])),
+        ("files", "\n".join(f"{human_bytes(size):>7}  {name}" for name, size in facts["files"].items())),
+        ("runs here", f"{here['executor']} executor, {graph}, {here['threads']} threads"),
+        ("because", here["reason"]),
+        ("processor", here["cpu"]),
+        (
+            "KV pool",
+            f"{here['num_blocks']:,} blocks by default, up to {human_bytes(here['pool_bytes'])} ({here['kv_dtype']})",
+        ),
+        ("other executors", ", ".join(here["other_executors"]) or "none (torch is not installed)"),
+    ]
+    return lines
+
+
+def _token(token: dict[str, Any]) -> str:
+    return f"{token['text']} = {token['id']}"
