@@ -434,6 +434,7 @@ def save(model: Model, folder: Path) -> None:
     """Write weights and configuration; a reader never sees half a file."""
     temporary = folder / "model.safetensors.part"
     save_file(model.checkpoint(), temporary, metadata={"format": "pt"})
+    temporary.chmod(0o644)
     temporary.replace(folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
     generation = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "do_sample": False}
