@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from apar.runtime.executor.check import padding_free
+from apar.runtime.executor.tree_mask import BoolArray, visible
 from apar.runtime.step import StepInputs
 
-BoolArray = npt.NDArray[np.bool_]
 Int64Array = npt.NDArray[np.int64]
 
 
@@ -27,7 +27,7 @@ def portable_inputs(inputs: StepInputs, block_size: int, scratch: int) -> dict[s
     if copies.size:
         # The graph writes copies and tokens at once, in no order: a token's own write comes last, so it wins.
         copies = copies[~np.isin(copies[:, 1], slots)]
-    context, visible = _context(inputs, block_size, scratch)
+    context, sees = _context(inputs, block_size, scratch)
     return {
         "input_ids": inputs.input_ids,
         "position_ids": inputs.position_ids,
@@ -35,7 +35,7 @@ def portable_inputs(inputs: StepInputs, block_size: int, scratch: int) -> dict[s
         "copy_source": np.ascontiguousarray(copies[:, 0]),
         "copy_target": np.ascontiguousarray(copies[:, 1]),
         "context_slots": context,
-        "visible": visible,
+        "visible": sees,
         "logits_rows": inputs.logits_rows,
     }
 
@@ -54,9 +54,9 @@ def _context(inputs: StepInputs, size: int, scratch: int) -> tuple[Int64Array, B
     offset = np.arange(size)
     by_row = np.zeros((kv_len.size, blocks.size, size), bool)
     by_row[row, place] = offset < (before[row] - first[column])[:, None]
-    visible = by_row.reshape(kv_len.size, -1)
+    sees = by_row.reshape(kv_len.size, -1)
     if inputs.input_ids.size != kv_len.size:
-        visible = np.repeat(visible, count, axis=0)
+        sees = np.repeat(sees, count, axis=0)
     # Where each block of a row begins among the context's slots.
     begin = np.zeros(inputs.block_table.shape, np.int64)
     begin[row, column] = place * size
@@ -67,23 +67,15 @@ def _context(inputs: StepInputs, size: int, scratch: int) -> tuple[Int64Array, B
     where = np.zeros(inputs.input_ids.size, np.int64)
     where[own] = begin[own_row, index // size] + index % size
     if inputs.tree_mask.shape[1] == 0:
-        visible[own, where[own]] = True
+        sees[own, where[own]] = True
     for item in np.flatnonzero(live & ((count > 1) | (inputs.tree_mask.shape[1] > 0))):
         tokens = slice(inputs.query_start[item], inputs.query_start[item + 1])
-        visible[tokens, where[tokens]] = _own_visible(inputs, tokens, int(count[item]))
+        sees[tokens, where[tokens]] = visible(inputs.tree_mask[tokens], int(count[item]))
     used = np.zeros(blocks.size, np.int64)
     np.maximum.at(used, place, kv_len[row] - first[column])
     keep = (offset < used[:, None]).reshape(-1)
     context = (blocks[:, None].astype(np.int64) * size + offset).reshape(-1)
     if not keep.all():
-        context, visible = context[keep], visible[:, keep]
-    visible[inputs.slot_mapping < 0, 0] = True  # padding sees something, so that its softmax is defined
-    return np.ascontiguousarray(context), np.ascontiguousarray(visible)
-
-
-def _own_visible(inputs: StepInputs, tokens: slice, count: int) -> BoolArray:
-    """bool [n, n]: which of a row's own step tokens each of them sees."""
-    if inputs.tree_mask.shape[1] == 0:
-        return np.tri(count, dtype=bool)
-    words = np.ascontiguousarray(inputs.tree_mask[tokens]).astype("<i4").view(np.uint8)
-    return np.unpackbits(words, axis=1, bitorder="little", count=count).astype(bool)
+        context, sees = context[keep], sees[:, keep]
+    sees[inputs.slot_mapping < 0, 0] = True  # padding sees something, so that its softmax is defined
+    return np.ascontiguousarray(context), np.ascontiguousarray(sees)

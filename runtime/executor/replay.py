@@ -23,7 +23,8 @@ import numpy.typing as npt
 from apar.export.errors import ExecutorError
 from apar.export.manifest import DecoderConfig, Manifest, TokenIds
 from apar.runtime.executor.base import Executor
-from apar.runtime.executor.replay_script import ANY, BOS, CHILD, EMPTY, EOS, FORK, OFF, PAD, TEXT, Script, Tree
+from apar.runtime.executor.replay_script import BOS, CHILD, EMPTY, EOS, FORK, OFF, PAD, Script, Tree
+from apar.runtime.executor.tree_mask import parents
 from apar.runtime.step import Float32Array, Int32Array, StepInputs
 
 IndexArray = npt.NDArray[np.int64]
@@ -221,21 +222,21 @@ class ReplayExecutor(Executor):
             flat = np.flatnonzero(chosen[row] & (inputs.slot_mapping >= 0))
             local = np.cumsum(chosen)[row[flat]] - 1  # index of each token's row in `rows`
         if plain_decode:
-            state[:] = self._next(origin, token)
+            state[:] = self._script.next(origin, token)
             hashes, depth = path_hash + mix, start
         elif inputs.tree_mask.shape[1]:
-            parent = self._parents(inputs.tree_mask, inputs.query_start, row, offset, flat)
+            parent = parents(inputs.tree_mask, inputs.query_start, row, offset, flat)
             hashes = np.zeros(row.size, np.uint64)
             depth = np.zeros(row.size, np.int32)
             for level in range(int(offset[flat].max()) + 1):
                 at = offset[flat] == level
                 token_at, local_at, above = flat[at], local[at], parent[flat[at]]
                 inner = above >= 0
-                state[token_at] = self._next(np.where(inner, state[above], origin[local_at]), token[token_at])
+                state[token_at] = self._script.next(np.where(inner, state[above], origin[local_at]), token[token_at])
                 hashes[token_at] = np.where(inner, hashes[above], path_hash[local_at]) + mix[token_at]
                 depth[token_at] = np.where(inner, depth[above], position[local_at]) + 1
         else:
-            self._walk(token, inputs.query_start, rows, origin, count, state)
+            self._script.walk(token, inputs.query_start, rows, origin, count, state)
             total = np.cumsum(mix, dtype=np.uint64)
             begin = inputs.query_start[rows]
             hashes = total + np.repeat(_scatter(path_hash - total[begin] + mix[begin], rows, count.size), count)
@@ -260,76 +261,6 @@ class ReplayExecutor(Executor):
         self._position[target] = inputs.position_ids[flat]
         self._hash[target] = hashes[flat]
         self._owner[target] = 0
-
-    def _next(self, state: Int32Array, token: Int32Array) -> Int32Array:
-        """States after reading `token` in `state`, elementwise."""
-        script = self._script
-        second = script.second_token[state]
-        follows = (token == second) | ((second == ANY) & (token >= TEXT))
-        after = np.where(follows, script.second_state[state], OFF)
-        after = np.where(token == script.first_token[state], script.first_state[state], after)
-        return np.where(token == CHILD, script.child_state[state], after).astype(np.int32, copy=False)
-
-    def _walk(
-        self,
-        token: Int32Array,
-        query_start: Int32Array,
-        rows: IndexArray,
-        origin: Int32Array,
-        count: Int32Array,
-        state: Int32Array,
-    ) -> None:
-        """Fill `state` for causal rows: one token a round, and with it the whole straight run that follows."""
-        cursor, stop = query_start[rows].astype(np.int64), query_start[rows + 1].astype(np.int64)
-        current = origin
-        while rows.size:
-            current = self._next(current, token[cursor])
-            state[cursor] = current
-            cursor = cursor + 1
-            left = (cursor < stop) & (current != OFF)  # past OFF there is only OFF, and `state` says so already
-            if not left.all():
-                rows, cursor, stop, current = rows[left], cursor[left], stop[left], current[left]
-            if not rows.size:
-                return
-            length = stop - cursor
-            ends = np.cumsum(length)
-            which = np.repeat(np.arange(rows.size), length)
-            step = np.arange(which.size) - (ends - length)[which]
-            at = cursor[which] + step
-            target = current[which] + step + 1
-            known = target < self._script.first_state.size
-            holds = known & (self._next(np.where(known, target - 1, OFF), token[at]) == target)
-            failed = np.flatnonzero(~holds)
-            run = length.copy()
-            np.minimum.at(run, which[failed], step[failed])
-            inside = step < run[which]
-            state[at[inside]] = target[inside]
-            cursor = cursor + run
-            current = (current + run).astype(np.int32, copy=False)
-            left = cursor < stop
-            rows, cursor, stop, current = rows[left], cursor[left], stop[left], current[left]
-
-    def _parents(
-        self, mask: Int32Array, query_start: Int32Array, row: IndexArray, offset: IndexArray, flat: IndexArray
-    ) -> IndexArray:
-        """[T] token that each token of a tree-masked step directly follows; -1: the row's earlier path.
-
-        Raises ExecutorError if a mask is not "my ancestors and I".
-        """
-        words = np.ascontiguousarray(mask).view(np.uint8)
-        bits = np.unpackbits(words, axis=1, bitorder="little").astype(bool)
-        tokens = np.arange(row.size)
-        own = bits[tokens, offset]
-        rest = bits.copy()
-        rest[tokens, offset] = False
-        last = np.where(rest.any(axis=1), rest.shape[1] - 1 - rest[:, ::-1].argmax(axis=1), -1)
-        parent = np.where(last >= 0, query_start[:-1][row] + last, -1)
-        inherited = np.where((last >= 0)[:, None], bits[np.minimum(np.maximum(parent, 0), row.size - 1)], False)
-        wrong = ~own | (last >= offset) | (rest != inherited).any(axis=1)
-        if wrong[flat].any():
-            at = int(flat[wrong[flat].argmax()])
-            raise ExecutorError(f"row {row[at]}: tree_mask of its token {offset[at]} is not its ancestors and itself")
-        return parent
 
     def _check_paths(self, inputs: StepInputs, first_index: Int32Array, real: npt.NDArray[np.bool_]) -> None:
         """Every slot below the step's own tokens must continue the hash of the slot before it."""

@@ -32,6 +32,7 @@ ANY = -2
 NONE = -1
 
 IntArray = npt.NDArray[np.int32]
+IndexArray = npt.NDArray[np.int64]
 Tree = Mapping[str, Any]
 
 
@@ -97,6 +98,53 @@ class Script:
         bits = [TEXT + (index >> shift & 1) for shift in reversed(range(self._width))]
         fill = self._trees[index][0] - 1 - self._width
         return [BOS, *bits, *self._text(index, -1 - salt, fill)]
+
+    def next(self, state: IntArray, token: IntArray) -> IntArray:
+        """States after reading `token` in `state`, elementwise."""
+        second = self.second_token[state]
+        follows = (token == second) | ((second == ANY) & (token >= TEXT))
+        after = np.where(follows, self.second_state[state], OFF)
+        after = np.where(token == self.first_token[state], self.first_state[state], after)
+        return np.where(token == CHILD, self.child_state[state], after).astype(np.int32, copy=False)
+
+    def walk(
+        self,
+        token: IntArray,
+        query_start: IntArray,
+        rows: IndexArray,
+        origin: IntArray,
+        count: IntArray,
+        state: IntArray,
+    ) -> None:
+        """Fill `state` for causal rows: one token a round, and with it the whole straight run that follows."""
+        cursor, stop = query_start[rows].astype(np.int64), query_start[rows + 1].astype(np.int64)
+        current = origin
+        while rows.size:
+            current = self.next(current, token[cursor])
+            state[cursor] = current
+            cursor = cursor + 1
+            left = (cursor < stop) & (current != OFF)  # past OFF there is only OFF, and `state` says so already
+            if not left.all():
+                rows, cursor, stop, current = rows[left], cursor[left], stop[left], current[left]
+            if not rows.size:
+                return
+            length = stop - cursor
+            ends = np.cumsum(length)
+            which = np.repeat(np.arange(rows.size), length)
+            step = np.arange(which.size) - (ends - length)[which]
+            at = cursor[which] + step
+            target = current[which] + step + 1
+            known = target < self.first_state.size
+            holds = known & (self.next(np.where(known, target - 1, OFF), token[at]) == target)
+            failed = np.flatnonzero(~holds)
+            run = length.copy()
+            np.minimum.at(run, which[failed], step[failed])
+            inside = step < run[which]
+            state[at[inside]] = target[inside]
+            cursor = cursor + run
+            current = (current + run).astype(np.int32, copy=False)
+            left = cursor < stop
+            rows, cursor, stop, current = rows[left], cursor[left], stop[left], current[left]
 
     def _checked(self, index: int, tree: Tree) -> tuple[int, list[tuple[int, int]]]:
         try:
