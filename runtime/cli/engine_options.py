@@ -37,6 +37,12 @@ def add_engine_options(parser: Parser) -> None:
     group.add_argument(
         "--threads", type=whole(1), metavar="N", help="onnx only: threads of a step (default: physical cores)"
     )
+    group.add_argument(
+        "--spinning",
+        action=argparse.BooleanOptionalAction,
+        help="onnx only: idle threads poll for work; faster on a machine of one's own, much slower on a busy one "
+        "(default: yes, except where the variable CI is set)",
+    )
     pool = group.add_mutually_exclusive_group()
     pool.add_argument(
         "--num-blocks",
@@ -64,6 +70,8 @@ def executor_options(options: argparse.Namespace) -> dict[str, Any]:
         found["graph"] = options.graph
     if options.threads is not None:
         found["threads"] = options.threads
+    if options.spinning is not None:
+        found["spinning"] = options.spinning
     if options.num_blocks is not None:
         found["num_blocks"] = options.num_blocks
     if options.kv_memory_mb is not None:

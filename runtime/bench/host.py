@@ -1,0 +1,104 @@
+"""The runtime's own cost a step: scheduler, books, inputs and sampling, with no model behind.
+
+Recorded answers of one shape are replayed: a root that forks `BRANCHES - 1` children early, then all of them decode
+for as long as is measured, so every measured step has exactly `rows` rows. Steps in which branches are born come
+before and are reported on their own.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from time import perf_counter
+from typing import Any
+
+from apar.export.errors import RequestError
+from apar.runtime.bench.machine import describe_machine
+from apar.runtime.bench.timed_executor import TimedExecutor
+from apar.runtime.engine import Engine
+from apar.runtime.executor.replay import ReplayExecutor
+from apar.runtime.sampling_params import SamplingParams
+from apar.runtime.scheduler import SchedulerLimits
+
+BRANCHES = 8
+"""Branches of a request, the root included; the last request has what is left."""
+PROMPT = 32
+MAIN = 3
+"""Tokens that a root says before each fork."""
+BLOCK = 16
+
+
+def bench_host(rows: int, steps: int = 200, vocab_size: int = 64) -> dict[str, Any]:
+    """Median cost of a step at `rows` live rows.
+
+    Returns `host_us_per_step` (schedule + commit), its parts `schedule_us` and `commit_us`, `sample_us`, the
+    stand-in model's `replay_us`, and `fork_step_us`: host cost of steps in which branches were born.
+    `vocab_size` is what the sampler goes through. Raises RequestError if a number is not usable.
+    """
+    if rows < 1 or steps < 1:
+        raise RequestError(f"rows and steps must be at least 1, not {rows} and {steps}")
+    sizes = [BRANCHES] * (rows // BRANCHES) + ([rows % BRANCHES] if rows % BRANCHES else [])
+    # Rows are born while others decode already; everyone must still be there at the end.
+    lasting = steps + (MAIN + 2) * BRANCHES + len(sizes) + 64
+    trees = [_tree(size, lasting, len(sizes)) for size in sizes]
+    context = PROMPT + 2 * lasting + 64
+    blocks = (rows + 1) * (context // BLOCK + 2)
+    replay = ReplayExecutor(trees, num_blocks=blocks, block_size=BLOCK, vocab_size=vocab_size, max_context=context)
+    executor = TimedExecutor(replay)
+    limits = SchedulerLimits(max_rows=rows + 1, max_step_tokens=max(4096, 2 * rows + 2), max_live_branches=rows + 8)
+    engine = Engine(executor, limits)
+    try:
+        for i in range(len(trees)):
+            engine.submit(
+                str(i), replay.replay_prompt(i), SamplingParams(max_tokens=2**30, max_branches=BRANCHES, seed=0)
+            )
+        steady, forking = _measure(engine, executor, rows, steps)
+    finally:
+        engine.close()
+    return {"bench": "host", **_summary(rows, steady, forking), "vocab_size": vocab_size, "machine": describe_machine()}
+
+
+Parts = tuple[float, float, float, float]
+"""Seconds of one step: schedule, model, sample, commit."""
+
+
+def _measure(engine: Engine, executor: TimedExecutor, rows: int, steps: int) -> tuple[list[Parts], list[Parts]]:
+    steady: list[Parts] = []
+    forking: list[Parts] = []
+    while len(steady) < steps:
+        sampling = engine.sample_seconds
+        began = perf_counter()
+        report = engine.step()
+        ended = perf_counter()
+        if report is None:
+            raise RuntimeError("the replayed answers ended before enough steps were measured")
+        record = executor.records[-1]
+        sampled = engine.sample_seconds - sampling
+        parts = (record.started - began, record.ended - record.started, sampled, ended - record.ended - sampled)
+        if report.forked:
+            forking.append(parts)
+        elif record.decodes and record.rows == rows:
+            steady.append(parts)
+    return steady, forking
+
+
+def _summary(rows: int, steady: Sequence[Parts], forking: Sequence[Parts]) -> dict[str, Any]:
+    schedule, model, sample, commit = (round(1e6 * statistics.median(part), 2) for part in zip(*steady, strict=True))
+    host = sorted(parts[0] + parts[3] for parts in steady)
+    return {
+        "rows": rows,
+        "steps": len(steady),
+        "host_us_per_step": round(1e6 * statistics.median(host), 2),
+        "host_us_p10": round(1e6 * host[len(host) // 10], 2),
+        "host_us_p99": round(1e6 * host[min(len(host) - 1, int(0.99 * len(host)))], 2),
+        "schedule_us": schedule,
+        "commit_us": commit,
+        "sample_us": sample,
+        "replay_us": model,
+        "fork_step_us": round(1e6 * statistics.median(p[0] + p[3] for p in forking), 2) if forking else None,
+    }
+
+
+def _tree(branches: int, lasting: int, trees: int) -> dict[str, Any]:
+    segments = [[MAIN, lasting] for _ in range(branches - 1)]
+    return {"prompt_tokens": PROMPT + trees.bit_length(), "segments": [*segments, [lasting, 0]]}

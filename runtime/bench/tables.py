@@ -1,0 +1,98 @@
+"""Results of benchmarks as tables for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+Result = Mapping[str, Any]
+
+
+def show_generate(result: Result, console: Console | None = None) -> None:
+    """Plain and forked side by side, then steps by number of rows."""
+    console = console or Console(highlight=False)
+    console.print(escape(result["engine"]["detail"]))
+    for key, title in (("all", "all replies"), ("forked", "replies that forked")):
+        if result[key] is None:
+            console.print(f"{title}: none")
+        else:
+            console.print(_comparison(result[key], title))
+    flow = result["throughput"]
+    plain, forked = (f"{flow[mode]['tokens_per_second']:.1f}" for mode in ("plain", "forked"))
+    console.print(
+        f"throughput with {result['settings']['concurrency']} in flight: {plain} tokens/s plain, "
+        f"{forked} with branches ({flow['gain']:.2f}x)"
+    )
+    table = _table("decode steps by live rows")
+    for name in ("rows", "steps", "ms (median)", "tokens/s", "% of bandwidth bound"):
+        table.add_column(name, justify="right")
+    for step in result["step"]:
+        bound, rate = step["percent_of_bandwidth_bound"], step["tokens_per_second"]
+        table.add_row(str(step["rows"]), str(step["steps"]), f"{step['ms']:.3f}", f"{rate:.1f}", f"{bound:.1f}")
+    console.print(table)
+    limit = result["bandwidth"]
+    console.print(
+        f"bound: {limit['weight_bytes_per_step'] / 1e6:.1f} MB of weights a step at "
+        f"{limit['read_bytes_per_second'] / 1e9:.1f} GB/s, read by {limit['threads']} threads in this run"
+    )
+    console.print(machine_line(result["machine"]))
+
+
+def show_host(result: Result, console: Console | None = None) -> None:
+    """Parts of a step's host cost."""
+    console = console or Console(highlight=False)
+    table = _table(f"host cost of a step, {result['rows']} rows, median of {result['steps']} steps")
+    table.add_column()
+    table.add_column("microseconds", justify="right")
+    for name, key in (
+        ("schedule + commit", "host_us_per_step"),
+        ("  schedule", "schedule_us"),
+        ("  commit", "commit_us"),
+        ("  10th percentile of both", "host_us_p10"),
+        ("  99th percentile of both", "host_us_p99"),
+        ("  both where branches are born", "fork_step_us"),
+        (f"sample ({result['vocab_size']} logits a row)", "sample_us"),
+        ("replay, in place of the model", "replay_us"),
+    ):
+        value = result[key]
+        table.add_row(name, "-" if value is None else f"{value:.1f}")
+    console.print(table)
+    console.print(machine_line(result["machine"]))
+
+
+def machine_line(machine: Result) -> str:
+    """What it was measured on, on one line."""
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    isa = machine["isa"] or "no native kernels"
+    load = "" if machine["load_average"] is None else f", load {machine['load_average']}"
+    return escape(f"{machine['cpu']}, {machine['usable_cores']} cores, {isa}{load}; {versions}")
+
+
+def _comparison(part: Result, title: str) -> Table:
+    table = _table(f"{title} ({part['replies']})")
+    for name in ("", "plain", "branches", "gain"):
+        table.add_column(name, justify="right" if name else "left")
+    plain, forked = part["plain"], part["forked"]
+
+    def row(name: str, key: str, form: str, gain: str = "") -> None:
+        table.add_row(name, format(plain[key], form), format(forked[key], form), gain)
+
+    row("steps", "steps", ",d", f"{part['step_gain']:.2f}x")
+    row("seconds", "seconds", ".3f", f"{part['wall_gain']:.2f}x")
+    table.add_row("seconds' gain / steps' gain", "", "", f"{part['wall_gain_per_step_gain']:.2f}")
+    row("tokens", "tokens", ",d")
+    row("tokens a step", "tokens_per_step", ".2f", f"{part['step_gain_per_token']:.2f}x")
+    row("ms a token", "ms_per_token", ".3f", f"{part['wall_gain_per_token']:.2f}x")
+    row("branches a reply", "branches_per_reply", ".1f")
+    row("peak KV blocks, mean", "mean_peak_kv_blocks", ".1f")
+    row("peak KV blocks, largest", "max_peak_kv_blocks", "d")
+    return table
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE, pad_edge=False)

@@ -1,0 +1,49 @@
+"""An executor that notes when each step ran and how large it was."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from time import perf_counter
+
+from apar.runtime.executor.base import Executor
+from apar.runtime.step import Float32Array, StepInputs
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One executed step."""
+
+    rows: int
+    tokens: int
+    started: float
+    """`time.perf_counter()`."""
+    ended: float
+
+    @property
+    def decodes(self) -> bool:
+        """Whether every row had one token: no prompt, no child's first step."""
+        return self.rows == self.tokens
+
+
+class TimedExecutor(Executor):
+    """Passes everything to another executor; `records` holds a StepRecord a step."""
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+        self.name = executor.name
+        self.manifest = executor.manifest
+        self.num_blocks = executor.num_blocks
+        self.detail = executor.detail
+        self.records: list[StepRecord] = []
+
+    def execute(self, inputs: StepInputs) -> Float32Array:
+        """See Executor.execute."""
+        rows, tokens = inputs.kv_len.size, inputs.input_ids.size
+        started = perf_counter()
+        logits = self._executor.execute(inputs)
+        self.records.append(StepRecord(rows, tokens, started, perf_counter()))
+        return logits
+
+    def close(self) -> None:
+        """See Executor.close."""
+        self._executor.close()
