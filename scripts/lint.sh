@@ -27,6 +27,6 @@ say "mypy"
 shopt -s nullglob
 programs=(scripts/*.py)
 if [ ${#programs[@]} -gt 0 ]; then
-  "$python" -m mypy --cache-dir build/mypy --no-error-summary "${programs[@]}" || status=1
+  MYPYPATH=scripts "$python" -m mypy --cache-dir build/mypy --no-error-summary "${programs[@]}" || status=1
 fi
 exit $status
