@@ -127,15 +127,9 @@ class TreeMaskAttention:
         for op, name in (("Cos", "rope.cos"), ("Sin", "rope.sin")):
             graph.node("Mul", [graph.node(op, [angle], f"{name}.unscaled"), scale], name)
         target = graph.node("Concat", ["copy_target", "slot_mapping"], "write.slots", axis=0)
-        column = graph.node(
-            "Unsqueeze", [target, graph.constant("axes.last", np.array([1], np.int64))], "write.slot_column"
-        )
-        zero = graph.node("Sub", [column, column], "write.key_column")
-        one = graph.node("Add", [zero, graph.constant("one", np.array(1, np.int64))], "write.value_column")
-        keys = graph.node("Concat", [zero, column], "write.key_index", axis=1)
-        values = graph.node("Concat", [one, column], "write.value_index", axis=1)
-        stacked = [graph.node("Unsqueeze", [part, batch], f"{part}.batch") for part in (keys, values)]
-        graph.node("Concat", stacked, "write.index", axis=0)
+        written = [graph.node("Unsqueeze", [part, batch], f"{part}.batch") for part in _pairs(graph, target, "write")]
+        graph.node("Concat", written, "write.index", axis=0)
+        _pairs(graph, "context_slots", "context")
 
     def emit(self, graph: Graph, layer: int, qkv: str) -> str:
         """RoPE, write, gather, Attention."""
@@ -153,8 +147,11 @@ class TreeMaskAttention:
         copied = graph.node("Gather", [past, "copy_source"], f"{name}.kv.copied", axis=1)
         rows = graph.node("Concat", [copied, new], f"{name}.kv.rows", axis=1)
         graph.node("ScatterND", [past, "write.index", rows], present)
-        context = graph.node("Gather", [present, "context_slots"], f"{name}.kv.context", axis=1)
-        keys, values = graph.split(context, (1, 1), (f"{name}.k.context", f"{name}.v.context"), axis=0)
+        # Two gathers by (0 or 1, slot): one Gather and a Split would move everything twice.
+        context = [
+            graph.node("GatherND", [present, f"context.{part}"], f"{name}.{part}.context") for part in ("key", "value")
+        ]
+        keys, values = (graph.node("Unsqueeze", [part, batch], f"{part}.batch") for part in context)
         attended = graph.node(
             "Attention",
             [query, keys, values, "visible"],
@@ -164,6 +161,18 @@ class TreeMaskAttention:
             scale=dim**-0.5,
         )
         return graph.node("Squeeze", [attended, batch], f"{name}.attention")
+
+
+def _pairs(graph: Graph, slots: str, name: str) -> tuple[str, str]:
+    """Indices [n, 2] into a pool of the keys and of the values at `slots` [n]: (0, slot) and (1, slot)."""
+    last = graph.constant("axes.last", np.array([1], np.int64))
+    column = graph.node("Unsqueeze", [slots, last], f"{name}.column")
+    zero = graph.node("Sub", [column, column], f"{name}.zero")
+    one = graph.node("Add", [zero, graph.constant("one", np.array(1, np.int64))], f"{name}.one")
+    return (
+        graph.node("Concat", [zero, column], f"{name}.key", axis=1),
+        graph.node("Concat", [one, column], f"{name}.value", axis=1),
+    )
 
 
 def register_schema() -> None:
