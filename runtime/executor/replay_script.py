@@ -163,6 +163,7 @@ class Script:
         """`count` text ids that look random and depend on tree and part only."""
         seed = (tree * 0x9E3779B1 + (part + 0x10000) * 0x85EBCA77) & 0xFFFFFFFF
         spread = (np.arange(count, dtype=np.uint64) + np.uint64(seed)) * np.uint64(0x9E3779B97F4A7C15)
+        spread = (spread ^ (spread >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
         ids = TEXT + (spread >> np.uint64(33)) % np.uint64(self._vocab_size - TEXT)
         return [int(token) for token in ids]
 
