@@ -141,7 +141,7 @@ def main() -> None:
     normal = (rng.standard_normal(2 * CHUNK + 1, dtype=np.float32) * np.float32(0.02)).astype(element)
     tensors = dict(expected_tensors(read_config(output).decoder))
     parts = list(shards(tensors, element.itemsize, arguments.max_shard_size))
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(parts, 1):
         name = f"model-{number:05}-of-{len(parts):05}.safetensors" if len(parts) > 1 else "model.safetensors"
         write_shard(output / name, shard, arguments.dtype, normal, rng)
