@@ -189,7 +189,8 @@ AparStatus check(const AparForkAttention& op, const AparForkAttentionTensors& t,
   for (int64_t i = 0; i < 2 * t.num_copies; ++i)
     if (t.slot_copies[i] < 0 || t.slot_copies[i] >= slots)
       return message.fail(APAR_INVALID_ARGUMENT,
-                          "ForkAttention: slot_copies[%lld, %lld] = %d, but it must be a slot of the pool, which has %lld",
+                          "ForkAttention: slot_copies[%lld, %lld] = %d, but it must be a slot of the pool, "
+                          "which has %lld",
                           static_cast<long long>(i / 2), static_cast<long long>(i % 2), t.slot_copies[i],
                           static_cast<long long>(slots));
   seen.reserve(slots);

@@ -260,19 +260,28 @@ struct Simd {
     return query.mask == nullptr ? query.limit : smaller(query.context, query.limit);
   }
 
-  // Scores of `keys` keys from index `first` on become weights; false if none of them is visible.
+  // Scores of `keys` keys from index `first` on become weights; false if none of them is visible. A NaN
+  // among the scores becomes a NaN weight, so it reaches the output.
   static bool softmax(const Query& query, int32_t first, int32_t keys, float* s, float* max, float* sum) {
-    for (int32_t k = larger(0, all_visible(query) - first); k < keys; ++k)
-      if (!visible(query, first + k)) s[k] = -INFINITY;
+    const int32_t dense = larger(0, all_visible(query) - first);
+    bool any = dense > 0;
+    for (int32_t k = dense; k < keys; ++k) {
+      if (visible(query, first + k)) {
+        any = true;
+      } else {
+        s[k] = -INFINITY;
+      }
+    }
     const int32_t padded = (keys + W - 1) / W * W;
     for (int32_t k = keys; k < padded; ++k) s[k] = -INFINITY;
-    Reg top = V::set(-INFINITY);
-    for (int32_t k = 0; k < padded; k += W) top = V::max(top, V::load(s + k));
-    *max = V::maximum(top);
-    if (*max == -INFINITY) {
+    if (!any) {
       memset(s, 0, sizeof(float) * padded);
       return false;
     }
+    Reg top = V::set(-INFINITY);
+    for (int32_t k = 0; k < padded; k += W) top = V::max(V::load(s + k), top);
+    *max = V::maximum(top);
+    if (*max == -INFINITY) *max = 0.0f;  // nothing but NaN and -inf; -inf would say "no visible key"
     const Reg shift = V::set(-*max);
     const Reg one = V::set(1.0f);
     Reg total = V::set(0.0f);

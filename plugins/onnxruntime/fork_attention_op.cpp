@@ -36,8 +36,18 @@ struct InputInfo {
   size_t rank;
 };
 constexpr InputInfo kInput[kInputs] = {
-    {"qkv", 2},          {"past_kv", 5},     {"position_ids", 1}, {"query_start", 1}, {"kv_len", 1},   {"block_table", 2},
-    {"slot_mapping", 1}, {"slot_copies", 2}, {"prefix_rows", 1},  {"prefix_blocks", 1}, {"tree_mask", 2}};
+    {"qkv", 2},           // [T, (H + 2 K) D]
+    {"past_kv", 5},       // [2, B, K, BS, D]
+    {"position_ids", 1},  // [T]
+    {"query_start", 1},   // [R + 1]
+    {"kv_len", 1},        // [R]
+    {"block_table", 2},   // [R, MB]
+    {"slot_mapping", 1},  // [T]
+    {"slot_copies", 2},   // [C, 2]
+    {"prefix_rows", 1},   // [G + 1]
+    {"prefix_blocks", 1},  // [G]
+    {"tree_mask", 2},     // [T, W]
+};
 
 // ------------------------------------------------------------------ kernel
 
@@ -117,7 +127,8 @@ std::string shape_text(const int64_t* dims, size_t rank) {
 OrtStatus* read_input(OrtKernelContext* context, size_t index, Tensor* tensor) {
   const OrtValue* value = nullptr;
   APAR_ORT_TRY(api->KernelContext_GetInput(context, index, &value));
-  if (value == nullptr) return error((std::string("ForkAttention: input ") + kInput[index].name + " is missing").c_str());
+  if (value == nullptr)
+    return error((std::string("ForkAttention: input ") + kInput[index].name + " is missing").c_str());
   OrtTensorTypeAndShapeInfo* raw = nullptr;
   APAR_ORT_TRY(api->GetTensorTypeAndShape(value, &raw));
   const ShapeInfo info(raw);
@@ -190,7 +201,8 @@ OrtStatus* output(OrtKernelContext* context, size_t index, const int64_t* dims, 
 // The session's own threads. Tasks are coarse, so each is a batch of its own and threads take them as
 // they come.
 void parallel_for(void* context, void (*body)(void*, size_t), size_t total, void* data) {
-  OrtStatus* status = api->KernelContext_ParallelFor(static_cast<const OrtKernelContext*>(context), body, total, total, data);
+  OrtStatus* status =
+      api->KernelContext_ParallelFor(static_cast<const OrtKernelContext*>(context), body, total, total, data);
   if (status == nullptr) return;
   // It fails only before it has started anything.
   api->ReleaseStatus(status);

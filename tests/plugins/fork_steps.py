@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import onnxruntime as ort
-from apar.export.manifest import ABI_VERSION
 from onnx import TensorProto, helper
-
 from reference import Array, Attributes, fork_attention
+
+from apar.export.manifest import ABI_VERSION
 
 INT_INPUTS = {
     "position_ids": ("T",),
@@ -86,9 +86,10 @@ def node_attributes(attributes: Attributes, **changes: object) -> dict[str, obje
 def model(attributes: Attributes, **changes: object) -> bytes:
     """A graph of one ForkAttention node."""
     kv_type = TensorProto.FLOAT16 if attributes.kv_dtype == "float16" else TensorProto.FLOAT
-    pool = [2, "B", attributes.num_kv_heads, attributes.block_size, attributes.head_dim]
+    # Sizes stay symbolic where a graph would state them: the op's own checks are to be reached.
+    pool = ["KV", "B", "K", "BS", "D"]
     inputs = [
-        helper.make_tensor_value_info("qkv", TensorProto.FLOAT, ["T", attributes.qkv_size]),
+        helper.make_tensor_value_info("qkv", TensorProto.FLOAT, ["T", "Q"]),
         helper.make_tensor_value_info("past_kv", kv_type, pool),
         *(helper.make_tensor_value_info(name, TensorProto.INT32, shape) for name, shape in INT_INPUTS.items()),
     ]
@@ -187,7 +188,11 @@ class Tree:
         full = parent.length // size
         child = Branch(parent.table[:full], full * size, parent.family)
         self.extend(child, parent.length - child.length)
-        self.copies += [(self.slot(parent, k), self.slot(child, k)) for k in range(full * size, parent.length)]
+        # Where the parent's own copy is still to come, its source is meant.
+        origin = {target: source for source, target in self.copies}
+        for key in range(full * size, parent.length):
+            source = self.slot(parent, key)
+            self.copies.append((origin.get(source, source), self.slot(child, key)))
         return child
 
     def inputs(self, rows: list[Row], share: bool = True) -> dict[str, Array]:
@@ -264,4 +269,4 @@ def compare(attn: Array, expected: Array, attributes: Attributes) -> None:
     """float32: 1e-5 of the outputs' size. float16 pools: a rounding of K and V is 2^-11 of their size."""
     tolerance = 1e-5 if attributes.kv_dtype == "float32" else 3e-3
     assert np.isfinite(attn).all()
-    np.testing.assert_allclose(attn, expected, rtol=0, atol=tolerance * max(1.0, float(np.abs(expected).max())))
+    np.testing.assert_allclose(attn, expected, rtol=0, atol=tolerance * np.abs(expected).max(initial=1.0))
