@@ -1,0 +1,40 @@
+"""The scripts around the build: a random checkpoint, and an engine of it, from the command line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import tokenizers
+
+from apar.export.checkpoint import Checkpoint
+from apar.export.manifest import Manifest
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+
+def run(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, SCRIPTS / name, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_random_checkpoint_becomes_an_engine(tmp_path: Path) -> None:
+    source, engine = tmp_path / "random", tmp_path / "engine"
+    made = run("make_checkpoint.py", source, "--shape", "10m", "--layers", 2, "--max-shard-size", 8_000_000)
+    assert made.returncode == 0, made.stderr
+    assert len(list(source.glob("model-*-of-*.safetensors"))) > 1
+    decoder = Checkpoint.open(source).decoder
+    assert (decoder.num_layers, decoder.vocab_size) == (2, 32002)
+    built = run("build_engine.py", source, engine, "--quantize", "int4", "--group-size", 64)
+    assert built.returncode == 0, built.stderr
+    assert "peak memory" in built.stdout
+    manifest = Manifest.load(engine)
+    assert (manifest.quantize, manifest.group_size, manifest.tokens.fork) == ("int4", 64, 259)
+    tokenizer = tokenizers.Tokenizer.from_file(str(engine / "tokenizer.json"))
+    text = "Grüße, 世界!\n"
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text
+    again = run("build_engine.py", source, engine)
+    assert again.returncode == 1
+    assert again.stderr.strip().startswith("error: ")
+    assert "Traceback" not in again.stderr
