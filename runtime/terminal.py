@@ -41,6 +41,7 @@ PANEL_WIDTH, ANSWER_WIDTH = 26, 36
 """Columns that the panel of a branch, or of one of several answers, takes at least."""
 PANEL_HEIGHT, TALLEST_PANEL = 5, 9
 FRAMES_A_SECOND = 10
+DRAWING_SHARE = 0.08
 
 Part = tuple[RenderableType, int]
 """Something to draw, and its height in lines."""
@@ -206,7 +207,9 @@ class LiveTerminal:
         size = self._console.size
         # The last line of a terminal stays free, so that nothing ever scrolls.
         self._live.update(self._view.render(size.width, max(2, size.height - 1)), refresh=True)
-        self._next = monotonic() + 1 / FRAMES_A_SECOND
+        drawn = monotonic()
+        # Drawing takes its time from decoding: at most a small share of it, on however slow a machine.
+        self._next = drawn + max(1 / FRAMES_A_SECOND, (drawn - now) / DRAWING_SHARE)
 
     def __enter__(self) -> LiveTerminal:
         self._live.start()

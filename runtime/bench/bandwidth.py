@@ -19,7 +19,7 @@ from apar.runtime.executor.pool import available_memory
 
 CACHES = 4
 """The array is at least this many times the last-level cache."""
-LEAST_BYTES, MOST_BYTES = 256 << 20, 4 << 30
+LEAST_BYTES, MOST_BYTES = 128 << 20, 4 << 30
 PASSES = 5
 DEFAULT_CACHE = 32 << 20
 

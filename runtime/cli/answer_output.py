@@ -89,18 +89,22 @@ class PlainOutput(AnswerOutput):
         self._figures = figures
         self._streams = {answer.request.request_id: ReadingOrderStream() for answer in answers}
         self._held: dict[str, list[str]] = {request_id: [] for request_id in self._streams}
+        self._complete: set[str] = set()
+        """Requests of which every event has been taken."""
 
     def take(self, answer: Answer, engine: TextEngine) -> None:
         """See AnswerOutput.take."""
         request_id = answer.request.request_id
         self._held[request_id] += [self._streams[request_id].feed(event) for event in answer.events]
         answer.events.clear()
+        if answer.finished:
+            self._complete.add(request_id)
         while self._printed < len(self.answers):
             current = self.answers[self._printed]
             held = self._held[current.request.request_id]
             write_text("".join(held))
             held.clear()
-            if not current.finished:
+            if current.request.request_id not in self._complete:
                 return
             write_text("\n" if self._printed == len(self.answers) - 1 else "\n\n")
             report(self.prompts[self._printed], current.output(), self._figures, len(self.answers) > 1)
