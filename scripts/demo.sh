@@ -12,7 +12,7 @@ use_venv .venv-demo ""
 if [ -n "$venv_fresh" ]; then
   pip_install "${build_tools[@]}"
 fi
-install_apar "$(digest_of export runtime plugins)" .
+install_apar "$(digest_of export runtime plugins pyproject.toml)" .
 seal_venv
 unlock_build
 

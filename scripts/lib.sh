@@ -53,12 +53,15 @@ digest() { sha256sum | cut -d ' ' -f 1; }
 # Digest of the files below the paths given.
 digest_of() { find "$@" -type f ! -name '*.pyc' -print0 | LC_ALL=C sort -z | xargs -0 sha256sum | digest; }
 
+# The part of pyproject.toml that says what an environment holds.
+requirements() { awk '/^\[/ { wanted = /^\[(build-system|project)/ } wanted' pyproject.toml; }
+
 # use_venv FOLDER KEY: create the virtual environment, anew if it is broken, moved, or was made for another KEY, Python or
-# pyproject.toml. Sets `venv_python` (run programs as `"$venv_python" -m NAME`) and `venv_fresh` (1: nothing installed yet).
+# list of requirements. Sets `venv_python` (run programs as `"$venv_python" -m NAME`) and `venv_fresh` (1: nothing installed yet).
 use_venv() {
   venv=$root/$1
   venv_python=$venv/bin/python
-  venv_key=$(printf '%s\n' "$venv" "$2" "$("$python" -VV)" "$(digest_of pyproject.toml)" | digest)
+  venv_key=$(printf '%s\n' "$venv" "$2" "$("$python" -VV)" "$(requirements)" | digest)
   venv_fresh=
   if [ "$(cat "$venv/.apar-key" 2>/dev/null)" = "$venv_key" ] && "$venv_python" -c 'import pip' 2>/dev/null; then
     return

@@ -21,10 +21,10 @@ if [ -n "$venv_fresh" ]; then
   say "installing $torch_spec and the test tools (some minutes the first time)"
   # torch first and alone: resolved together with the rest, pip might take another build of it.
   pip_install "$torch_spec" "${build_tools[@]}"
-  install_apar "$(digest_of plugins)" -e '.[test]'
+  install_apar "$(digest_of plugins pyproject.toml)" -e '.[test]'
   seal_venv
 fi
-install_apar "$(digest_of plugins)" --no-deps -e .
+install_apar "$(digest_of plugins pyproject.toml)" --no-deps -e .
 unlock_build
 
 lint=passed
