@@ -75,19 +75,20 @@ def machine_line(machine: Result) -> str:
 
 def _comparison(part: Result, title: str) -> Table:
     table = _table(f"{title} ({part['replies']})")
-    for name in ("", "plain", "branches", "gain"):
-        table.add_column(name, justify="right" if name else "left")
-    plain, forked = part["plain"], part["forked"]
+    for name in ("", "no forks", "forks", "same reply, plain", "gain"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    plain, forked, same = part["plain"], part["forked"], part["same_reply_plain"]
 
-    def row(name: str, key: str, form: str, gain: str = "") -> None:
-        table.add_row(name, format(plain[key], form), format(forked[key], form), gain)
+    def row(name: str, key: str, form: str, *more: str) -> None:
+        table.add_row(name, format(plain[key], form), format(forked[key], form), *more)
 
-    row("steps", "steps", ",d", f"{part['step_gain']:.2f}x")
-    row("seconds", "seconds", ".3f", f"{part['wall_gain']:.2f}x")
-    table.add_row("seconds' gain / steps' gain", "", "", f"{part['wall_gain_per_step_gain']:.2f}")
-    row("tokens", "tokens", ",d")
-    row("tokens a step", "tokens_per_step", ".2f", f"{part['step_gain_per_token']:.2f}x")
-    row("ms a token", "ms_per_token", ".3f", f"{part['wall_gain_per_token']:.2f}x")
+    row("tokens", "tokens", ",d", f"{forked['tokens']:,d}")
+    row("steps", "steps", ",d", f"{same['steps']:,d}", f"{part['step_gain']:.2f}x")
+    row("seconds", "seconds", ".3f", f"{same['seconds']:.3f}", f"{part['wall_gain']:.2f}x")
+    table.add_row("gain in time / in steps", "", "", "", f"{part['wall_gain_per_step_gain']:.2f}")
+    row("tokens a step", "tokens_per_step", ".2f", "1.00")
+    row("ms a token", "ms_per_token", ".3f")
+    row("ms a decode step", "ms_per_decode_step", ".3f")
     row("branches a reply", "branches_per_reply", ".1f")
     row("peak KV blocks, mean", "mean_peak_kv_blocks", ".1f")
     row("peak KV blocks, largest", "max_peak_kv_blocks", "d")
