@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -153,12 +154,8 @@ class LLM:
         answers: list[Answer] = []
         try:
             for i, (prompt, own) in enumerate(zip(batch, each, strict=True)):
-                try:
+                with _naming_prompt(i, len(batch)):
                     answers.append(self._text.submit(self._text.encode(prompt, chat), own, listens=listens))
-                except RequestError as error:
-                    if len(batch) == 1:
-                        raise
-                    raise type(error)(f"prompt {i}: {error}") from error
         except BaseException:
             self._abandon(answers)
             raise
@@ -178,10 +175,23 @@ def load_text_engine(
     return TextEngine(Engine(load_executor(directory, executor, **options), limits), tokenizer)
 
 
+@contextmanager
+def _naming_prompt(index: int, count: int) -> Iterator[None]:
+    """Says which of several prompts an error is about."""
+    try:
+        yield
+    except RequestError as error:
+        if count == 1:
+            raise
+        raise type(error)(f"prompt {index}: {error}") from error
+
+
 def as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt or several, as a list: a text, a list of ids and a list of messages are one prompt."""
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         return [prompts]
-    if prompts and isinstance(prompts[0], int | dict):
+    if not prompts:
+        raise RequestError("no prompt was given")
+    if isinstance(prompts, bytes) or isinstance(prompts[0], int | dict):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]

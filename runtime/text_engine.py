@@ -41,11 +41,11 @@ class TextEngine:
             if chat:
                 return render_chat([{"role": "user", "content": prompt}], self.tokenizer)
             return render_prompt(prompt, self.tokenizer)
-        if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
+        if isinstance(prompt, bytes | bytearray) or not _is_sequence(prompt):
             raise RequestError(f"a prompt is a text, token ids or chat messages, not {type(prompt).__name__}")
         if not prompt:
             raise RequestError("the prompt is empty; give at least one token or message")
-        if all(isinstance(item, Mapping) for item in prompt):
+        if any(isinstance(item, Mapping) for item in prompt):
             return render_chat(prompt, self.tokenizer)  # type: ignore[arg-type]
         vocab_size = self.engine.executor.manifest.decoder.vocab_size
         for i, item in enumerate(prompt):
@@ -154,3 +154,7 @@ class TextEngine:
     def _retire(self, answer: Answer) -> None:
         del self._answers[answer.request]
         del self._by_id[answer.request.request_id]
+
+
+def _is_sequence(value: object) -> bool:
+    return isinstance(value, Sequence)
