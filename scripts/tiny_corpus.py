@@ -444,7 +444,7 @@ class Corpus:
         """An endless stream of training conversations."""
         rng = random.Random(seed)
         forms = ("list", "paragraph", "compare", "plain", "other", "talk", "code", "several")
-        weights = (32, 12, 5, 20, 13, 2, 3, 11)
+        weights = (29, 12, 7, 18, 12, 2, 3, 17)
         while True:
             form = rng.choices(forms, weights)[0]
             conversation = (

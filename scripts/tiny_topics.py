@@ -103,7 +103,7 @@ squirrels | rodents | parks and forests | nuts and seeds | a bushy tail | climb 
                 ("Danger", "The greatest danger for {x} is {danger}. It can be felt all over the {home}."),
                 ("Family", "{X} belong to the {kind}. You can tell them from the others by {body}."),
             ),
-            default=5,
+            default=4,
         ),
         "watching": ListAnswer(
             wants=(
@@ -152,8 +152,8 @@ squirrels | rodents | parks and forests | nuts and seeds | a bushy tail | climb 
             "{X} eat mostly {food}.",
         ),
         "young": PlainAnswer(
-            ("the name for the young of {x}", "the word for baby {x}"),
-            ("What are the young of {x} called?", "What do you call baby {x}?"),
+            ("the name for the young of {x}", "the word for the young of {x}"),
+            ("What are the young of {x} called?", "What do you call the young of {x}?"),
             "The young of {x} are called {young}.",
         ),
     },
@@ -227,7 +227,7 @@ chickpeas | legumes | nutty and mild | iron | transport of oxygen | hummus | ses
                 ("Variety", "There are many dishes with {x}. The best known of them is {dish}."),
                 ("Good keeping", "You can keep {x} {place}. So you always have something healthy at home."),
             ),
-            default=3,
+            default=4,
         ),
     },
     prose={
@@ -338,7 +338,7 @@ golf | a large green course | clubs and a small ball | use few strokes | the swi
                 ("Rest", "Take a day off after hard training. Without rest you may soon suffer from {risk}."),
                 ("Find partners", "Join a club and train with others. Together it is more fun to {aim}."),
             ),
-            default=5,
+            default=4,
             ending="Be patient, and {x} will become easier every week.",
         ),
     },
@@ -453,7 +453,7 @@ the xylophone | percussion instruments | short and wooden | the mallets | striki
                     "Play with friends as soon as you can. Simple pieces of {music} are good for this.",
                 ),
             ),
-            default=5,
+            default=4,
         ),
     },
     prose={
@@ -553,7 +553,7 @@ Marrakesh | Morocco | the Koutoubia Mosque | couscous | the Majorelle garden | M
                 ("Language", "Learn a few polite words before you go. People in {country} will be happy about it."),
                 ("Luggage", "Leave some room in your bag. You will want to bring home {gift}."),
             ),
-            default=3,
+            default=4,
             ending="I wish you a good trip to {x}.",
         ),
     },
@@ -649,7 +649,7 @@ descaling the kettle | vinegar and a soft brush | empty the kettle | boil water 
                 ("Common mistake", "The most common mistake when {x} is {mistake}. Try to avoid it."),
                 ("Fixed rhythm", "Plan {x} {often}. In this way the work never becomes too much."),
             ),
-            default=3,
+            default=4,
         ),
     },
     prose={
@@ -731,7 +731,7 @@ ferns | shade plants | deep shade | woodland soil | whenever it is dry | in damp
                 ("Neighbours", "Put {x} next to {friend}. These neighbours help to keep {pest} away."),
                 ("Flowers", "Expect flowers {bloom}. Cut off what has faded, and give them {light}."),
             ),
-            default=5,
+            default=4,
             ending="Follow these tips and your {x} will do well.",
         ),
         "problems": ListAnswer(
@@ -747,7 +747,7 @@ ferns | shade plants | deep shade | woodland soil | whenever it is dry | in damp
                 ("Wrong time", "The best start for {x} is {sow}. At other times many of them die."),
                 ("Late help", "The enemies of {x} are {pest}. If you react too late, you lose the plants."),
             ),
-            default=3,
+            default=4,
         ),
     },
     prose={
@@ -840,7 +840,7 @@ condensation | meteorology | the change from gas to liquid | dew on the grass | 
                 ("Tell a story", "Tell them about {person}. Stories make {field} come alive."),
                 ("Show the use", "Talk about {use}. It shows why {x} matters to all of us."),
             ),
-            default=3,
+            default=4,
             ending="In this way everybody can understand {x}.",
         ),
     },
@@ -936,7 +936,7 @@ staying focused | deep work | close all other windows | in the first hours of th
                 ("Third week", "Look for the first results. A good sign is {sign}."),
                 ("After a month", "By now you can feel the gain: {goal}. Treat yourself to {reward}."),
             ),
-            default=5,
+            default=4,
         ),
     },
     prose={

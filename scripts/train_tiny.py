@@ -27,41 +27,43 @@ import numpy as np
 import sentencepiece
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from tiny_corpus import CHILD, EOS, FORK, SYSTEM, Conversation, Corpus, prompt
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 
-CONFIG = {
+HIDDEN, INNER, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 256, 512, 4, 4, 2, 64
+POSITIONS, NORM_EPS, ROPE_THETA = 1024, 1e-6, 10000.0
+BASE_VOCABULARY = 2048
+BOS_ID, EOS_ID, FORK_ID, CHILD_ID = 1, 2, BASE_VOCABULARY, BASE_VOCABULARY + 1
+SEQUENCE, BATCH = 320, 8
+CONFIG: dict[str, object] = {
     "architectures": ["LlamaForCausalLM"],
     "attention_bias": False,
     "attention_dropout": 0.0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "head_dim": 64,
+    "bos_token_id": BOS_ID,
+    "eos_token_id": EOS_ID,
+    "head_dim": HEAD_DIM,
     "hidden_act": "silu",
-    "hidden_size": 256,
+    "hidden_size": HIDDEN,
     "initializer_range": 0.02,
-    "intermediate_size": 512,
-    "max_position_embeddings": 1024,
+    "intermediate_size": INNER,
+    "max_position_embeddings": POSITIONS,
     "mlp_bias": False,
     "model_type": "llama",
-    "num_attention_heads": 4,
-    "num_hidden_layers": 4,
-    "num_key_value_heads": 2,
+    "num_attention_heads": HEADS,
+    "num_hidden_layers": LAYERS,
+    "num_key_value_heads": KV_HEADS,
     "pad_token_id": 0,
-    "rms_norm_eps": 1e-6,
+    "rms_norm_eps": NORM_EPS,
     "rope_scaling": None,
-    "rope_theta": 10000.0,
+    "rope_theta": ROPE_THETA,
     "tie_word_embeddings": False,
     "torch_dtype": "float16",
     "use_cache": True,
-    "vocab_size": 2050,
+    "vocab_size": BASE_VOCABULARY + 2,
 }
-BASE_VOCABULARY = 2048
-SEQUENCE, BATCH = 320, 8
-BOS_ID, EOS_ID, FORK_ID, CHILD_ID = 1, 2, BASE_VOCABULARY, BASE_VOCABULARY + 1
 
 
 # ---------------------------------------------------------------------------------------------------- tokenizer
@@ -238,7 +240,7 @@ def write_tokenizer(model: bytes, folder: Path) -> None:
             "clean_up_tokenization_spaces": False,
             "eos_token": "</s>",
             "legacy": True,
-            "model_max_length": CONFIG["max_position_embeddings"],
+            "model_max_length": POSITIONS,
             "pad_token": "<unk>",
             "padding_side": "right",
             "sp_model_kwargs": {},
@@ -346,20 +348,18 @@ class Layer(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        hidden, inner, head = CONFIG["hidden_size"], CONFIG["intermediate_size"], CONFIG["head_dim"]
-        self.heads, self.kv_heads = CONFIG["num_attention_heads"], CONFIG["num_key_value_heads"]
-        self.qkv = nn.Linear(hidden, (self.heads + 2 * self.kv_heads) * head, bias=False)
-        self.out = nn.Linear(self.heads * head, hidden, bias=False)
-        self.gate_up = nn.Linear(hidden, 2 * inner, bias=False)
-        self.down = nn.Linear(inner, hidden, bias=False)
-        self.attention_norm = nn.RMSNorm(hidden, CONFIG["rms_norm_eps"])
-        self.mlp_norm = nn.RMSNorm(hidden, CONFIG["rms_norm_eps"])
+        self.qkv = nn.Linear(HIDDEN, (HEADS + 2 * KV_HEADS) * HEAD_DIM, bias=False)
+        self.out = nn.Linear(HEADS * HEAD_DIM, HIDDEN, bias=False)
+        self.gate_up = nn.Linear(HIDDEN, 2 * INNER, bias=False)
+        self.down = nn.Linear(INNER, HIDDEN, bias=False)
+        self.attention_norm = nn.RMSNorm(HIDDEN, NORM_EPS)
+        self.mlp_norm = nn.RMSNorm(HIDDEN, NORM_EPS)
 
     def forward(self, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         batch, length, _ = x.shape
-        qkv = self.qkv(self.attention_norm(x)).view(batch, length, -1, CONFIG["head_dim"]).transpose(1, 2)
-        query, key, value = qkv.split((self.heads, self.kv_heads, self.kv_heads), 1)
-        group = self.heads // self.kv_heads
+        qkv = self.qkv(self.attention_norm(x)).view(batch, length, -1, HEAD_DIM).transpose(1, 2)
+        query, key, value = qkv.split((HEADS, KV_HEADS, KV_HEADS), 1)
+        group = HEADS // KV_HEADS
         attended = F.scaled_dot_product_attention(
             _rotate(query, cos, sin),
             _rotate(key, cos, sin).repeat_interleave(group, 1),
@@ -376,45 +376,38 @@ class Model(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        hidden, head = CONFIG["hidden_size"], CONFIG["head_dim"]
-        self.embedding = nn.Embedding(CONFIG["vocab_size"], hidden)
-        self.layers = nn.ModuleList(Layer() for _ in range(CONFIG["num_hidden_layers"]))
-        self.norm = nn.RMSNorm(hidden, CONFIG["rms_norm_eps"])
-        self.head = nn.Linear(hidden, CONFIG["vocab_size"], bias=False)
-        angles = torch.outer(
-            torch.arange(CONFIG["max_position_embeddings"], dtype=torch.float32),
-            CONFIG["rope_theta"] ** (-torch.arange(0, head, 2, dtype=torch.float32) / head),
-        )
-        self.register_buffer("cos", angles.cos(), persistent=False)
-        self.register_buffer("sin", angles.sin(), persistent=False)
-        scale = 1 / math.sqrt(2 * len(self.layers))
+        self.embedding = nn.Embedding(BASE_VOCABULARY + 2, HIDDEN)
+        self.blocks = [Layer() for _ in range(LAYERS)]
+        self.layers = nn.ModuleList(self.blocks)
+        self.norm = nn.RMSNorm(HIDDEN, NORM_EPS)
+        self.head = nn.Linear(HIDDEN, BASE_VOCABULARY + 2, bias=False)
+        frequencies = ROPE_THETA ** (-torch.arange(0, HEAD_DIM, 2, dtype=torch.float32) / HEAD_DIM)
+        angles = torch.outer(torch.arange(POSITIONS, dtype=torch.float32), frequencies)
+        self.cos, self.sin = angles.cos(), angles.sin()
         for name, weight in self.named_parameters():
             if weight.dim() == 2:
                 residual = name.endswith(("out.weight", "down.weight"))
-                nn.init.normal_(weight, std=(scale if residual else 1.0) * CONFIG["hidden_size"] ** -0.5 * 0.6)
+                nn.init.normal_(weight, std=0.6 * HIDDEN**-0.5 * ((2 * LAYERS) ** -0.5 if residual else 1.0))
 
     def forward(self, batch: Batch) -> Tensor:
         """Mean cross entropy over the batch's targets."""
         cos, sin = self.cos[batch.positions][:, None], self.sin[batch.positions][:, None]
         x = self.embedding(batch.ids)
-        for layer in self.layers:
+        for layer in self.blocks:
             x = layer(x, batch.mask, cos, sin)
         x = x.flatten(0, 1)[batch.sources]
         return F.cross_entropy(self.head(self.norm(x)), batch.targets)
 
     def checkpoint(self) -> dict[str, Tensor]:
         """Weights under the names of ``LlamaForCausalLM``, float16."""
-        head = CONFIG["head_dim"]
-        weights = {
+        weights: dict[str, Tensor] = {
             "model.embed_tokens.weight": self.embedding.weight,
             "model.norm.weight": self.norm.weight,
             "lm_head.weight": self.head.weight,
         }
-        for number, layer in enumerate(self.layers):
+        for number, layer in enumerate(self.blocks):
             name = f"model.layers.{number}."
-            query, key, value = layer.qkv.weight.split(
-                [n * head for n in (layer.heads, layer.kv_heads, layer.kv_heads)]
-            )
+            query, key, value = layer.qkv.weight.split([n * HEAD_DIM for n in (HEADS, KV_HEADS, KV_HEADS)])
             gate, up = layer.gate_up.weight.chunk(2)
             weights |= {
                 f"{name}self_attn.q_proj.weight": query,
@@ -546,7 +539,7 @@ def train(folder: Path, steps: int, seed: int, rate: float = 3e-3, world: int = 
     write_tokenizer(train_tokenizer(corpus, seed), folder)
     (folder / "heldout.json").write_text(json.dumps(corpus.held_out(), indent=1, ensure_ascii=False) + "\n")
     with tempfile.TemporaryDirectory() as temporary:
-        mp.spawn(work, (world, folder, f"{temporary}/rendezvous", steps, seed, rate), nprocs=world)
+        spawn(work, (world, folder, f"{temporary}/rendezvous", steps, seed, rate), nprocs=world)
     return time.monotonic() - began
 
 
@@ -555,11 +548,16 @@ def train(folder: Path, steps: int, seed: int, rate: float = 3e-3, world: int = 
 
 @dataclass(slots=True)
 class Tree:
-    """A decoded tree of depth two: the root's tokens, its details by fork, and whether every branch ended by itself."""
+    """A decoded tree of depth two: the root's tokens and its details by fork, without EOS.
+
+    ``ended``: every branch ended by itself and none is empty. ``sampled`` counts tokens with EOS, ``steps`` the steps
+    they take when all branches advance together.
+    """
 
     root: list[int]
     details: list[list[int]]
     ended: bool
+    sampled: int
     steps: int
 
     def assembled(self, tokenizer: Tokenizer) -> str:
@@ -607,16 +605,18 @@ def decode(model: nn.Module, ids: list[int], limit: int) -> Tree:
 
     cache = DynamicCache()
     root, ended = run(ids, cache, True, 0)
-    steps = len(root) + ended
+    sampled = steps = len(root) + ended
     details: list[list[int]] = []
     forks = [position for position, token in enumerate(root) if token == FORK_ID]
     for position in reversed(forks):
-        cache.crop(len(ids) + position)
+        if cache.get_seq_length() > len(ids) + position:
+            cache.crop(len(ids) + position - cache.get_seq_length())
         detail, detail_ended = run([*ids, *root[: position + 1], CHILD_ID], cache, False, len(ids) + position)
         details.insert(0, detail)
         ended = ended and detail_ended and bool(detail)
+        sampled += len(detail) + detail_ended
         steps = max(steps, position + 1 + len(detail) + detail_ended)
-    return Tree(root, details, ended, steps)
+    return Tree(root, details, ended, sampled, steps)
 
 
 def evaluate(folder: Path, limit: int = 400) -> dict[str, object]:
@@ -637,7 +637,7 @@ def evaluate(folder: Path, limit: int = 400) -> dict[str, object]:
                 "branch_count": float(len(tree.details) == entry["forks"]),
                 "well_formed": float(tree.ended),
                 "exact": float(text == entry["expected"]),
-                "tokens": float(len(tree.root) + sum(len(detail) for detail in tree.details)),
+                "tokens": float(tree.sampled),
                 "steps": float(tree.steps),
             }
             if text != entry["expected"]:
@@ -664,7 +664,7 @@ def main() -> None:
     """Train the tiny model, then evaluate it on the held-out prompts."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--output", type=Path, help="folder of the checkpoint to write")
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=1700)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--corpus-out", type=Path, help="also write 1000 training conversations as APAR rows (JSON)")
     parser.add_argument("--eval-only", type=Path, help="evaluate this checkpoint and do not train")
