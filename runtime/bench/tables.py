@@ -65,6 +65,56 @@ def show_host(result: Result, console: Console | None = None) -> None:
     console.print(machine_line(result["machine"]))
 
 
+def show_replay(result: Result, console: Console | None = None) -> None:
+    """What a replayed workload took, in virtual time."""
+    console = console or Console(highlight=False)
+    chosen, model = result["settings"], result["settings"]["cost_model"]
+    rate = chosen["requests_per_second"]
+    load = f"{chosen['concurrency']} in flight" if rate is None else f"{rate:g} a second"
+    title = f"{result['requests']} replies of {chosen['workload']}, {load}, fork {chosen['fork']}"
+    table = _table(escape(title))
+    table.add_column()
+    for name in ("mean", "p50", "p90", "p99"):
+        table.add_column(name, justify="right")
+    for name, key in (("latency, s", "latency"), ("time to first token, s", "time_to_first_token")):
+        table.add_row(name, *(f"{result[key][part]:.3f}" for part in ("mean", "p50", "p90", "p99")))
+    console.print(table)
+    rate_of, good, saved, level = (
+        result["throughput"],
+        result["goodput"],
+        result["blocks_saved"],
+        chosen["service_level"],
+    )
+    table = _table("in all")
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_column()
+    forked = result["step_reduction_forked"]
+    for row in (
+        ("text tokens", f"{result['tokens']:,d}", f"in {result['steps']:,d} steps of {result['mean_rows']:.1f} rows"),
+        ("text tokens / steps of a request", f"{result['step_reduction']:.3f}", f"{result['request_steps']:,d} steps"),
+        ("  of answers with details", "-" if forked is None else f"{forked:.3f}", ""),
+        ("tokens a second", f"{rate_of['tokens_per_second']:,.0f}", f"in {result['duration']:.1f} s"),
+        ("requests a second", f"{rate_of['requests_per_second']:.2f}", ""),
+        (
+            "  within the service level",
+            f"{good['requests_per_second']:.2f}",
+            f"{good['share']:.1%}; first token in {level['first_token_seconds']:g} s, "
+            f"end in {level['latency_factor']:g}x of alone and unforked",
+        ),
+        ("KV blocks, mean", f"{result['mean_blocks']:,.0f}", f"of {chosen['kv_blocks']:,d}"),
+        ("KV blocks, peak", f"{result['peak_blocks']:,d}", ""),
+        ("  saved by sharing, mean", f"{saved['mean']:,.0f}", f"at most {saved['peak']:,d}"),
+        ("tokens attended", f"{result['tokens_attended']:,d}", ""),
+        ("K/V tokens read", f"{result['kv_tokens_read']:,d}", f"{result['kv_tokens_of_rows']:,d} row by row"),
+        ("forks", f"{result['forks']:,d}", ""),
+        ("preemptions", f"{result['preemptions']:,d}", ""),
+    ):
+        table.add_row(*row)
+    console.print(table)
+    console.print(escape(f"times are those of the cost model {model['name']}, not of a device"))
+
+
 def machine_line(machine: Result) -> str:
     """What it was measured on, on one line."""
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())

@@ -9,14 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from apar.export.errors import RequestError
-from apar.runtime.cli.engine_options import add_engine_options, executor_options, find_engine, scheduler_limits
-from apar.runtime.cli.parser import Parser, whole
+from apar.runtime.cli.engine_options import (
+    DEFAULT_ROWS,
+    DEFAULT_STEP_TOKENS,
+    add_engine_options,
+    executor_options,
+    find_engine,
+    scheduler_limits,
+)
+from apar.runtime.cli.parser import Parser, positive, whole
 
 DESCRIPTION = """\
 Measure an engine or the runtime. `apar bench WHAT --help` says what is measured and how.
 
   generate   an engine on its prompts, without and with branches: steps, time, KV blocks, share of the memory bandwidth
   host       the runtime's own cost a step, without any model
+  replay     scheduling under load: recorded answers on a virtual clock, without any model
 """
 GENERATE = """\
 Answer prompts greedily without and with branches, alternating, and compare steps, tokens, time and KV blocks: over all
@@ -31,6 +39,16 @@ HOST = """\
 Replay recorded trees of branches in place of a model, so that only the runtime works: `schedule` (choose rows, take
 blocks, build the step's inputs), `sample`, and `commit` (book tokens, forks and ends). Host cost is schedule + commit.
 """
+REPLAY = """\
+Replay recorded answers through the engine, the scheduler and the KV books, without and with branches, at any load. No
+model runs and nothing is timed: a step lasts as long as a cost model says (the larger of bytes moved / memory bandwidth
+and operations / compute rate, plus an overhead), requests arrive in that time, and the same options give the same
+numbers on any machine. So this compares ways to schedule; it does not measure a GPU.
+
+With --fork never the details come inline, so the text is the same. Throughput and steps count text tokens, without
+[Fork], [Child] and ends; step_reduction is text tokens / steps in which their request sampled. Goodput counts requests
+that got their first token and their end within the limits below.
+"""
 
 
 def make_parser() -> Parser:
@@ -39,6 +57,7 @@ def make_parser() -> Parser:
     kinds = parser.add_subparsers(dest="bench", metavar="WHAT", required=True)
     _add_generate(kinds.add_parser("generate", description=GENERATE, help="an engine on its prompts"))
     _add_host(kinds.add_parser("host", description=HOST, help="the runtime's own cost a step"))
+    _add_replay(kinds.add_parser("replay", description=REPLAY, help="scheduling under load, on a virtual clock"))
     return parser
 
 
@@ -85,8 +104,70 @@ def _add_host(parser: Parser) -> None:
     _add_common(parser, _measure_host, _show_host)
 
 
-def _add_common(parser: Parser, measure: Any, show: Any) -> None:
-    parser.add_argument("--json", action="store_true", help="print one JSON object, with a description of the machine")
+def _add_replay(parser: Parser) -> None:
+    load = parser.add_argument_group("load")
+    load.add_argument(
+        "--trees",
+        default="vicuna-7b",
+        metavar="FILE",
+        help='recorded answers, [{"prompt_tokens": N, "segments": [[main_tokens, detail_tokens], ...]}, ...], or the '
+        "name of a shipped workload",
+    )
+    arrival = load.add_mutually_exclusive_group()
+    arrival.add_argument(
+        "--requests-per-second", type=positive, metavar="X", help="mean rate at which requests arrive (Poisson)"
+    )
+    arrival.add_argument(
+        "--concurrency", type=whole(1), metavar="N", help="requests in flight; one comes when another ends (default: 1)"
+    )
+    load.add_argument(
+        "--requests",
+        type=whole(1),
+        metavar="N",
+        help="how many, over the answers again and again (default: each once, but four times --concurrency at least)",
+    )
+    load.add_argument("--seed", type=whole(0), default=0, metavar="S", help="of the order and the arrivals")
+    load.add_argument(
+        "--fork", choices=["always", "never"], default="always", help="whether details become branches or come inline"
+    )
+    server = parser.add_argument_group("server")
+    server.add_argument(
+        "--kv-blocks", type=whole(1), metavar="B", help="blocks in the KV pool (default: what the cost model says fits)"
+    )
+    server.add_argument("--block-size", type=whole(1, 1024), default=16, metavar="N", help="tokens in a block")
+    server.add_argument(
+        "--max-rows", type=whole(1), default=DEFAULT_ROWS, metavar="N", help="branches in one step, over all requests"
+    )
+    server.add_argument(
+        "--max-step-tokens",
+        type=whole(2),
+        metavar="N",
+        help=f"tokens in one step (default: {DEFAULT_STEP_TOKENS}, or twice --max-rows where that is more)",
+    )
+    server.add_argument(
+        "--cost-model",
+        default="7b-h200",
+        metavar="NAME|FILE",
+        help="what a step costs: 7b-h200 (Llama 7B in bfloat16 on one H200), or a JSON object with any of its fields, "
+        "which are in the output of --json",
+    )
+    level = parser.add_argument_group("what counts as goodput")
+    level.add_argument(
+        "--slo-first-token", type=positive, default=0.5, metavar="SECONDS", help="from arrival to the first token"
+    )
+    level.add_argument(
+        "--slo-latency",
+        type=positive,
+        default=2.5,
+        metavar="FACTOR",
+        help="from arrival to the end, as a multiple of what the request takes alone and without forks",
+    )
+    _add_common(parser, _measure_replay, _show_replay, machine=False)
+
+
+def _add_common(parser: Parser, measure: Any, show: Any, machine: bool = True) -> None:
+    described = ", with a description of the machine" if machine else ""
+    parser.add_argument("--json", action="store_true", help=f"print one JSON object{described}")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress")
     parser.add_debug()
     parser.set_defaults(measure=measure, show=show, parser=parser)
@@ -141,6 +222,30 @@ def _measure_host(options: argparse.Namespace) -> dict[str, Any]:
     return bench_host(options.rows, options.steps, options.vocab_size)
 
 
+def _measure_replay(options: argparse.Namespace) -> dict[str, Any]:
+    from apar.runtime.bench.cost_model import load_cost_model
+    from apar.runtime.bench.replay import ReplayBench, ServiceLevel
+    from apar.runtime.bench.workload import plan_workload
+
+    names = ("requests", "requests_per_second", "concurrency", "seed")
+    try:
+        limits = scheduler_limits(options)
+        model = load_cost_model(options.cost_model)
+        workload = plan_workload(options.trees, **{name: getattr(options, name) for name in names})
+        bench = ReplayBench(
+            workload,
+            model,
+            fork=options.fork,
+            kv_blocks=options.kv_blocks,
+            block_size=options.block_size,
+            limits=limits,
+            service_level=ServiceLevel(options.slo_first_token, options.slo_latency),
+        )
+    except RequestError as error:
+        options.parser.error(str(error))
+    return bench.run(None if options.quiet else _progress)
+
+
 def _show_generate(result: dict[str, Any]) -> None:
     from apar.runtime.bench.tables import show_generate
 
@@ -151,3 +256,9 @@ def _show_host(result: dict[str, Any]) -> None:
     from apar.runtime.bench.tables import show_host
 
     show_host(result)
+
+
+def _show_replay(result: dict[str, Any]) -> None:
+    from apar.runtime.bench.tables import show_replay
+
+    show_replay(result)
