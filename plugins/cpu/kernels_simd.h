@@ -146,17 +146,25 @@ struct Simd {
 
   // q.k for N queries and M vectors of keys. Dimensions are added in order, so every tile shape gives
   // the same bits.
+  //
+  // Panels are scattered and too short for the hardware to see a pattern, so the next keys (`keys` goes on
+  // beyond M) and the values of these keys, `to_values` elements away, are fetched ahead of need.
   template <int N, int M>
-  static void score_tile(const float* const* q, const T* const* keys, int64_t stride, int32_t dim,
+  static void score_tile(const float* const* q, const T* const* keys, int64_t to_values, int64_t stride, int32_t dim,
                          float* const* out, const int32_t* place) {
     Reg sum[N][M];
     for (int n = 0; n < N; ++n)
       for (int m = 0; m < M; ++m) sum[n][m] = V::set(0.0f);
+    constexpr int kLine = 64 / sizeof(T) > W ? 64 / sizeof(T) / W : 1;  // vectors in a cache line
     const T* row[M];
     for (int m = 0; m < M; ++m) row[m] = keys[m];
     for (int32_t d = 0; d < dim; ++d) {
       Reg k[M];
       for (int m = 0; m < M; ++m) k[m] = V::load(row[m] + d * stride);
+      for (int m = 0; m < M; m += kLine) {
+        __builtin_prefetch(keys[M + m] + d * stride, 0, 2);
+        __builtin_prefetch(row[m] + d * stride + to_values, 0, 2);
+      }
       for (int n = 0; n < N; ++n) {
         const Reg x = V::set(q[n][d]);
         for (int m = 0; m < M; ++m) sum[n][m] = V::fma(x, k[m], sum[n][m]);
@@ -167,27 +175,27 @@ struct Simd {
   }
 
   template <int N, int M>
-  static int score_tiles(const float* const* q, const T* const* keys, int64_t stride, int32_t dim,
+  static int score_tiles(const float* const* q, const T* const* keys, int64_t to_values, int64_t stride, int32_t dim,
                          float* const* out, const int32_t* place, int from, int count) {
-    for (; from + M <= count; from += M) score_tile<N, M>(q, keys + from, stride, dim, out, place + from);
+    for (; from + M <= count; from += M) score_tile<N, M>(q, keys + from, to_values, stride, dim, out, place + from);
     return from;
   }
 
   template <int N>
-  static void score_queries(const float* const* q, const T* const* keys, int64_t stride, int32_t dim,
+  static void score_queries(const float* const* q, const T* const* keys, int64_t to_values, int64_t stride, int32_t dim,
                             float* const* out, const int32_t* place, int count) {
     constexpr int kMost = N == 4 ? V::kKeyTile : (N == 2 ? 4 : 8);
     int done = 0;
-    if constexpr (kMost >= 8) done = score_tiles<N, 8>(q, keys, stride, dim, out, place, done, count);
-    if constexpr (kMost >= 4) done = score_tiles<N, 4>(q, keys, stride, dim, out, place, done, count);
-    done = score_tiles<N, 2>(q, keys, stride, dim, out, place, done, count);
-    score_tiles<N, 1>(q, keys, stride, dim, out, place, done, count);
+    if constexpr (kMost >= 8) done = score_tiles<N, 8>(q, keys, to_values, stride, dim, out, place, done, count);
+    if constexpr (kMost >= 4) done = score_tiles<N, 4>(q, keys, to_values, stride, dim, out, place, done, count);
+    done = score_tiles<N, 2>(q, keys, to_values, stride, dim, out, place, done, count);
+    score_tiles<N, 1>(q, keys, to_values, stride, dim, out, place, done, count);
   }
 
-  static void scores(const Query* queries, int count, const T* k_data, const Run* runs, int num_runs,
+  static void scores(const Query* queries, int count, const T* k_data, const T* v_data, const Run* runs, int num_runs,
                      int32_t size, int32_t dim, float (*out)[kMaxChunkKeys + W]) {
     // Whole vectors; the last one may hold keys past the tile's end, which stay inside the block.
-    const T* keys[kMaxChunkKeys / W + 1];
+    const T* keys[kMaxChunkKeys / W + 9];
     int32_t place[kMaxChunkKeys / W + 1];
     int vectors = 0;
     for (int r = 0; r < num_runs; ++r) {
@@ -197,6 +205,8 @@ struct Simd {
         place[vectors++] = run.key + i;
       }
     }
+    for (int m = 0; m < 8; ++m) keys[vectors + m] = k_data + runs[0].panel;  // nothing left to fetch
+    const int64_t to_values = v_data - k_data;
     int n = 0;
     const float* q[kTileQueries];
     float* to[kTileQueries];
@@ -208,9 +218,9 @@ struct Simd {
     for (int v = 0; v < vectors; v += 8) {
       const int m = smaller(8, vectors - v);
       n = 0;
-      for (; n + 4 <= count; n += 4) score_queries<4>(q + n, keys + v, size, dim, to + n, place + v, m);
-      for (; n + 2 <= count; n += 2) score_queries<2>(q + n, keys + v, size, dim, to + n, place + v, m);
-      for (; n < count; ++n) score_queries<1>(q + n, keys + v, size, dim, to + n, place + v, m);
+      for (; n + 4 <= count; n += 4) score_queries<4>(q + n, keys + v, to_values, size, dim, to + n, place + v, m);
+      for (; n + 2 <= count; n += 2) score_queries<2>(q + n, keys + v, to_values, size, dim, to + n, place + v, m);
+      for (; n < count; ++n) score_queries<1>(q + n, keys + v, to_values, size, dim, to + n, place + v, m);
     }
     // Keys that do not fill a vector: only in blocks whose size is no multiple of the vector's. After the
     // whole vectors, because those overwrite the places behind them.
@@ -430,7 +440,7 @@ struct Simd {
         runs[num_runs++] = {tile.table[(first + k) / size] * block_stride, offset, k, count};
         k += count;
       }
-      scores(tile.queries, tile.count, k_data, runs, num_runs, size, dim, s);
+      scores(tile.queries, tile.count, k_data, v_data, runs, num_runs, size, dim, s);
 
       int32_t dense = keys;
       Join joins[kTileQueries];
