@@ -14,10 +14,10 @@ from typing import Any
 from apar.export.errors import EngineStoppedError
 from apar.runtime.answer import Answer
 from apar.runtime.engine_source import resolve_engine
+from apar.runtime.limits import SchedulerLimits
 from apar.runtime.llm import load_text_engine
 from apar.runtime.outputs import BranchEvent, RequestOutput
 from apar.runtime.sampling_params import SamplingParams
-from apar.runtime.scheduler import SchedulerLimits
 from apar.runtime.text_engine import Prompt
 
 logger = logging.getLogger(__name__)

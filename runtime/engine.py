@@ -10,12 +10,14 @@ from itertools import count
 from apar.runtime.branch import Request
 from apar.runtime.executor.base import Executor
 from apar.runtime.kv_cache import KVCache
+from apar.runtime.limits import SchedulerLimits
 from apar.runtime.outputs import Logprob
 from apar.runtime.random_stream import fresh_seed
 from apar.runtime.sampler import Sampler, SampleResult
 from apar.runtime.sampling_params import SamplingParams
-from apar.runtime.scheduler import Scheduler, SchedulerLimits, Step, StepReport
+from apar.runtime.scheduler import Scheduler, StepReport
 from apar.runtime.step import Float32Array
+from apar.runtime.step_writer import Step
 
 logger = logging.getLogger(__name__)
 

@@ -23,9 +23,9 @@ from apar.runtime.answer import Answer
 from apar.runtime.engine import Engine
 from apar.runtime.engine_source import resolve_engine
 from apar.runtime.executor import Executor, load_executor
+from apar.runtime.limits import SchedulerLimits
 from apar.runtime.outputs import BranchEvent, RequestOutput
 from apar.runtime.sampling_params import SamplingParams
-from apar.runtime.scheduler import SchedulerLimits
 from apar.runtime.text_engine import Prompt, TextEngine
 from apar.runtime.tokenizer import Tokenizer
 

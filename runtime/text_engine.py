@@ -126,7 +126,7 @@ class TextEngine:
         touched: dict[Request, Answer] = {}
         answers, step, now = self._answers, report.step, perf_counter()
         stopped = []
-        for branch, token in report.sampled:
+        for branch, token in zip(report.branches, report.tokens, strict=True):
             answer = answers[branch.request]
             if not answer.first_token:
                 answer.first_token = now

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,8 @@ import pytest
 from apar.export import onnx_engine
 from apar.runtime.engine_source import tiny_checkpoint
 
+# torch is the reference here, for models so small that a second thread only waits for the first.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A run in the background has Ctrl-C ignored, and so would the commands that tests interrupt.

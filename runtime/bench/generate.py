@@ -19,9 +19,9 @@ from apar.runtime.bench.timed_executor import TimedExecutor
 from apar.runtime.engine import Engine
 from apar.runtime.executor.base import Executor
 from apar.runtime.executor.threads import default_threads
+from apar.runtime.limits import SchedulerLimits
 from apar.runtime.outputs import RequestOutput
 from apar.runtime.sampling_params import SamplingParams
-from apar.runtime.scheduler import SchedulerLimits
 from apar.runtime.text_engine import Prompt, TextEngine
 from apar.runtime.tokenizer import Tokenizer
 

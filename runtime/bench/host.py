@@ -17,8 +17,8 @@ from apar.runtime.bench.machine import describe_machine
 from apar.runtime.bench.timed_executor import TimedExecutor
 from apar.runtime.engine import Engine
 from apar.runtime.executor.replay import ReplayExecutor
+from apar.runtime.limits import SchedulerLimits
 from apar.runtime.sampling_params import SamplingParams
-from apar.runtime.scheduler import SchedulerLimits
 
 BRANCHES = 8
 """Branches of a request, the root included; the last request has what is left."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from apar.runtime.cli.parser import Parser, whole
 
 if TYPE_CHECKING:
-    from apar.runtime.scheduler import SchedulerLimits
+    from apar.runtime.limits import SchedulerLimits
 
 ENGINE_HELP = (
     "an engine directory (from `apar build`), a Hugging Face checkpoint directory (built once into the cache "
@@ -81,7 +81,7 @@ def executor_options(options: argparse.Namespace) -> dict[str, Any]:
 
 def scheduler_limits(options: argparse.Namespace, *, prefix_caching: bool = True) -> SchedulerLimits:
     """Sizes of the scheduler. Raises CapacityError where they do not fit together."""
-    from apar.runtime.scheduler import SchedulerLimits
+    from apar.runtime.limits import SchedulerLimits
 
     rows = options.max_rows
     tokens = options.max_step_tokens

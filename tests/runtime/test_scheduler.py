@@ -12,8 +12,8 @@ from path_executor import CHILD, EOS, FORK, PathExecutor, PlainBranch, count_bra
 from apar.export.errors import CapacityError
 from apar.runtime.branch import Branch, Request
 from apar.runtime.engine import Engine
+from apar.runtime.limits import SchedulerLimits
 from apar.runtime.sampling_params import SamplingParams
-from apar.runtime.scheduler import SchedulerLimits
 
 LIMITS = SchedulerLimits(max_rows=64, max_step_tokens=128, max_live_branches=256)
 LONG = SamplingParams(max_tokens=100_000, max_depth=3)

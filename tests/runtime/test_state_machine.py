@@ -18,8 +18,8 @@ from path_executor import PathExecutor, reference_tree, shape
 
 from apar.runtime.branch import Request, RequestState
 from apar.runtime.engine import Engine
+from apar.runtime.limits import SchedulerLimits
 from apar.runtime.sampling_params import SamplingParams
-from apar.runtime.scheduler import SchedulerLimits
 
 CONTEXT = 64
 HEADS = [np.random.default_rng(seed).integers(3, 20, size=20).tolist() for seed in range(3)]

@@ -1,0 +1,169 @@
+"""Blocks of branches: who gets which, what siblings share, and which slots are copied when they part."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from apar.runtime.branch import Branch
+from apar.runtime.branch_table import NO_LIMIT, BranchTable
+from apar.runtime.kv_cache import ROOT_DIGEST, KVCache, chain_digest
+from apar.runtime.request_table import RequestTable
+from apar.runtime.step import Int32Array
+
+NO_BLOCKS = np.zeros(0, dtype=np.int32)
+NO_COPIES = np.zeros((0, 2), dtype=np.int32)
+
+
+class BranchBlocks:
+    """Extends, shares, finds again and releases the block tables of branches, and keeps the requests' counts.
+
+    Args:
+        table: live branches.
+        requests: admitted requests.
+        cache: the books of the pool.
+    """
+
+    def __init__(self, table: BranchTable, requests: RequestTable, cache: KVCache) -> None:
+        self.table = table
+        self.requests = requests
+        self.cache = cache
+        self._offsets = np.arange(cache.block_size, dtype=np.int32)
+
+    def needed(self, rows: Int32Array, counts: Int32Array) -> Int32Array:
+        """Blocks that each row must take to hold its next `counts` tokens, copies of shared tails included."""
+        table, size = self.table, self.cache.block_size
+        end = table.computed[rows] + counts
+        needed: Int32Array = (end + (size - 1)) // size - table.num_blocks[rows] + table.copy_tail[rows]
+        return needed
+
+    def room(self, slot: int) -> int:
+        """Tokens that a branch could compute now if it took every available block."""
+        table = self.table
+        blocks = int(table.num_blocks[slot]) - int(table.copy_tail[slot]) + self.cache.available
+        return blocks * self.cache.block_size - int(table.computed[slot])
+
+    def take(self, rows: Int32Array, needed: Int32Array) -> Int32Array:
+        """Extend the rows' tables by `needed` blocks; returns the slot copies [C, 2] that un-share their tails."""
+        table = self.table
+        takers = np.flatnonzero(needed)
+        if not takers.size:
+            return NO_COPIES
+        slots, sizes = rows[takers], needed[takers]
+        # A row with a shared tail needs at least the block that replaces it, so it is among the takers.
+        tails = slots[table.copy_tail[slots] != 0]
+        sources = table.block_table[tails, table.num_blocks[tails] - 1]
+        table.num_blocks[tails] -= 1
+        table.copy_tail[tails] = 0
+        total = int(sizes.sum())
+        blocks = self.cache.allocate(total)
+        if total == takers.size:
+            table.block_table[slots, table.num_blocks[slots]] = blocks
+        else:
+            first = np.cumsum(sizes) - sizes
+            columns = np.arange(total) - np.repeat(first - table.num_blocks[slots], sizes)
+            table.block_table[np.repeat(slots, sizes), columns] = blocks
+        table.num_blocks[slots] += sizes
+        owners = table.request[slots]
+        np.add.at(self.requests.held, owners, sizes)
+        self.requests.peak[owners] = np.maximum(self.requests.peak[owners], self.requests.held[owners])
+        return self._tail_copies(tails, sources) if tails.size else NO_COPIES
+
+    def _tail_copies(self, tails: Int32Array, sources: Int32Array) -> Int32Array:
+        """Slot copies of the filled part of parents' last blocks into the children's own."""
+        table, size = self.table, self.cache.block_size
+        filled = table.computed[tails] % size
+        targets = table.block_table[tails, table.computed[tails] // size]
+        offsets = np.concatenate([self._offsets[:n] for n in filled.tolist()])
+        copies = np.stack((np.repeat(sources, filled), np.repeat(targets, filled)), axis=1) * size + offsets[:, None]
+        # Copies come first in a step, so a source that is released here may be written to in the same step.
+        for i, owner in enumerate(table.request[tails].tolist()):
+            source = sources[i : i + 1]
+            self.requests.held[owner] -= int(self.cache.references[source[0]] == 1)
+            self.cache.release(source)
+        return np.ascontiguousarray(copies, dtype=np.int32)
+
+    def inherit(self, child: int, parent: int, position: int) -> None:
+        """Let slot `child` share what slot `parent` has of the path before `position`.
+
+        Full blocks are shared for good; the partly filled one until the child's first step copies its filled slots.
+        """
+        table, size = self.table, self.cache.block_size
+        count = -(-position // size)
+        blocks = table.block_table[parent, :count]
+        table.block_table[child, :count] = blocks
+        table.num_blocks[child] = count
+        table.computed[child] = position
+        table.copy_tail[child] = 1 if position % size else 0
+        table.share[child] = min(int(table.share[parent]), position // size)
+        self.cache.share(blocks)
+
+    def attach_prefix(self, branch: Branch) -> None:
+        """Give a branch without blocks the longest cached prefix of its path, leaving a token to compute."""
+        table, slot = self.table, branch.slot
+        if table.num_blocks[slot]:
+            return
+        request = branch.request
+        usable = (int(table.length[slot]) - 1) // self.cache.block_size
+        blocks = self.cache.match(self._digests(branch, usable)) if self.cache.prefix_caching else NO_BLOCKS
+        count = blocks.size
+        siblings = [table.blocks(b.slot) for b in request.live if b is not branch and table.num_blocks[b.slot]]
+        table.block_table[slot, :count] = blocks
+        table.num_blocks[slot] = count
+        table.computed[slot] = count * self.cache.block_size
+        known = set(np.concatenate(siblings).tolist()) if siblings else set()
+        held, peak = self.requests.held, self.requests.peak
+        held[request.index] += sum(block not in known for block in blocks.tolist())
+        peak[request.index] = max(peak[request.index], held[request.index])
+        table.share[slot] = self._common_blocks(branch)
+        if branch.parent is None and len(request.branches) == 1:
+            request.cached_tokens = int(table.computed[slot])
+
+    def _common_blocks(self, branch: Branch) -> int:
+        """Leading blocks that `branch` has in common with what its siblings share among themselves."""
+        table = self.table
+        mine = table.blocks(branch.slot)
+        for other in branch.request.live:
+            theirs = table.blocks(other.slot)
+            if other is branch or not theirs.size:
+                continue
+            width = min(mine.size, theirs.size)
+            differs = np.flatnonzero(mine[:width] != theirs[:width])
+            common = int(differs[0]) if differs.size else width
+            return min(common, int(table.share[other.slot]))
+        return NO_LIMIT  # the first to have blocks: the others will be compared with it
+
+    def register(self, branch: Branch, end: int) -> list[int]:
+        """Make the full blocks of `path[:end]` findable; returns those that were not before."""
+        if not self.cache.prefix_caching:
+            return []
+        full = end // self.cache.block_size
+        blocks = self.table.block_table[branch.slot, :full].tolist()
+        fresh = []
+        for block, digest in zip(blocks, self._digests(branch, full), strict=True):
+            if not self.cache.is_registered(block):
+                self.cache.register(block, digest)
+                fresh.append(block)
+        return fresh
+
+    def _digests(self, branch: Branch, count: int) -> list[bytes]:
+        """Chain digests of the first `count` full blocks of a branch's path."""
+        digests, size = branch.digests, self.cache.block_size
+        path = self.table.tokens[branch.slot]
+        for i in range(len(digests), count):
+            parent = digests[-1] if digests else ROOT_DIGEST
+            digests.append(chain_digest(parent, path[i * size : (i + 1) * size]))
+        return digests[:count]
+
+    def release(self, branch: Branch, remember: bool) -> None:
+        """Give up a branch's blocks; `remember` keeps the full ones findable in the prefix cache."""
+        table, slot = self.table, branch.slot
+        if remember:
+            self.register(branch, int(table.computed[slot]))
+        blocks = table.blocks(slot).copy()
+        self.requests.held[table.request[slot]] -= int((self.cache.references[blocks] == 1).sum())
+        self.cache.release(blocks)
+        table.block_table[slot, : blocks.size] = -1
+        table.num_blocks[slot] = 0
+        table.computed[slot] = 0
+        table.copy_tail[slot] = 0
+        table.share[slot] = NO_LIMIT

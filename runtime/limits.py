@@ -1,0 +1,31 @@
+"""Sizes that bound the scheduler."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from apar.export.errors import CapacityError
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    """Sizes that bound the scheduler's arrays and steps."""
+
+    max_rows: int = 256
+    """Branches in one step."""
+    max_step_tokens: int = 1024
+    """Tokens in one step; prefill chunks take what decoding leaves."""
+    max_live_branches: int = 1024
+    """Branches alive in the server, those of preempted requests included."""
+    prefix_caching: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("max_rows", "max_step_tokens", "max_live_branches"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise CapacityError(f"{name} must be a whole number of at least 1, not {value!r}")
+        if self.max_step_tokens < 2 * self.max_rows:
+            raise CapacityError(
+                f"max_step_tokens ({self.max_step_tokens}) must be at least twice max_rows ({self.max_rows}): "
+                "a branch's first step has two tokens"
+            )

@@ -1,0 +1,72 @@
+"""Admitted requests in arrays: what a step must know of a request, indexed by `Request.index`."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from apar.runtime.branch import Request
+from apar.runtime.sampling_params import SamplingParams
+
+
+class RequestTable:
+    """Structure of arrays over admitted requests, preempted ones included.
+
+    Args:
+        capacity: the most requests that can be admitted at once.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.requests: list[Request | None] = [None] * capacity
+        self._free = list(range(capacity - 1, -1, -1))
+        self.sampled = np.zeros(capacity, dtype=np.int32)
+        """Tokens sampled so far, over the whole tree."""
+        self.max_tokens = np.zeros(capacity, dtype=np.int32)
+        self.max_branches = np.zeros(capacity, dtype=np.int32)
+        self.max_depth = np.zeros(capacity, dtype=np.int32)
+        self.live = np.zeros(capacity, dtype=np.int32)
+        """Live branches."""
+        self.held = np.zeros(capacity, dtype=np.int32)
+        """Distinct blocks that the request's branches refer to."""
+        self.peak = np.zeros(capacity, dtype=np.int32)
+        """The most it ever held."""
+        self.steps = np.zeros(capacity, dtype=np.int32)
+        """Steps in which it sampled."""
+        self.catching_up = np.zeros(capacity, dtype=bool)
+        """Some branch lacks K/V that it needs before all can sample."""
+        self.stop_tokens = np.zeros(capacity, dtype=bool)
+        """Tokens other than end-of-sequence may end its branches."""
+
+    @property
+    def num_free(self) -> int:
+        """Requests that `add` can still take."""
+        return len(self._free)
+
+    def add(self, request: Request, params: SamplingParams, max_branches: int) -> int:
+        """Give a request an index; returns it."""
+        index = self._free.pop()
+        request.index = index
+        self.requests[index] = request
+        self.sampled[index] = self.held[index] = self.peak[index] = self.steps[index] = 0
+        self.live[index] = 1
+        self.max_tokens[index] = params.max_tokens
+        self.max_branches[index] = min(params.max_branches, max_branches)
+        self.max_depth[index] = params.max_depth if params.fork else 1
+        self.catching_up[index] = False
+        self.stop_tokens[index] = bool(params.stop_token_ids)
+        return index
+
+    def remove(self, request: Request) -> None:
+        """Take a finished request out; its counts move to the request."""
+        index = request.index
+        request.sampled = int(self.sampled[index])
+        request.peak_blocks = int(self.peak[index])
+        request.steps = int(self.steps[index])
+        self.catching_up[index] = False
+        self.requests[index] = None
+        self._free.append(index)
+
+    def at(self, index: int) -> Request:
+        """The request with an index."""
+        request = self.requests[index]
+        assert request is not None
+        return request

@@ -1,0 +1,49 @@
+"""Rows of a step in groups of siblings: runs of equal request indices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from apar.runtime.step import Int32Array
+
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class RowGroups:
+    """Groups of consecutive rows that belong to one request."""
+
+    requests: Int32Array
+    """[R] request index of each row."""
+    starts: IntArray
+    """[G] first row of each group."""
+    sizes: IntArray
+    """[G] rows of each group."""
+    owners: Int32Array
+    """[G] request index of each group; all different."""
+
+    @classmethod
+    def of(cls, requests: Int32Array) -> RowGroups:
+        """Group rows by their requests, whose rows must stand together."""
+        count = requests.size
+        edges = np.flatnonzero(requests[1:] != requests[:-1])
+        starts = np.zeros(edges.size + (count > 0), dtype=np.int64)
+        starts[1:] = edges + 1
+        sizes = np.empty_like(starts)
+        sizes[:-1] = starts[1:] - starts[:-1]
+        if count:
+            sizes[-1] = count - starts[-1]
+        return cls(requests, starts, sizes, requests[starts])
+
+    @property
+    def single(self) -> bool:
+        """Whether every group has one row."""
+        return self.starts.size == self.requests.size
+
+    def rank(self) -> IntArray:
+        """[R] place of each row in its group."""
+        ranks: IntArray = np.arange(self.requests.size) - np.repeat(self.starts, self.sizes)
+        return ranks

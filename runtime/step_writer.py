@@ -1,0 +1,151 @@
+"""Arrays of the step contract, written from the branch table for chosen rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from apar.export.manifest import TokenIds
+from apar.runtime.branch_blocks import NO_COPIES
+from apar.runtime.branch_table import BranchTable
+from apar.runtime.request_table import RequestTable
+from apar.runtime.row_groups import RowGroups
+from apar.runtime.step import Int32Array, StepInputs
+
+BoolArray = npt.NDArray[np.bool_]
+
+
+@dataclass(slots=True)
+class Plan:
+    """Rows of a step, before its arrays are written."""
+
+    rows: Int32Array
+    counts: Int32Array
+    copies: Int32Array = field(default_factory=lambda: NO_COPIES)
+    registered: list[int] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Step:
+    """One promised step: what the executor gets, and what `commit` needs to book it."""
+
+    inputs: StepInputs
+    rows: Int32Array
+    """[R] slots of the branches in the step."""
+    counts: Int32Array
+    """[R] tokens of each row."""
+    sampled: Int32Array
+    """[L] slots whose logits are wanted, in the order of the logits."""
+    counters: Int32Array
+    """[L] index of the token to be sampled within its branch."""
+    fork_banned: BoolArray
+    """[L] rows that may not sample [Fork] in this step."""
+    groups: RowGroups
+    """Requests of the sampled rows."""
+    registered: list[int]
+    """Blocks that became findable in the prefix cache on the promise that this step fills them."""
+
+
+class StepWriter:
+    """Turns plans into steps; holds no state but constant arrays.
+
+    Args:
+        table: live branches.
+        requests: admitted requests.
+        tokens: ids of [Fork] and [Child].
+        max_step_tokens: the longest step.
+    """
+
+    def __init__(self, table: BranchTable, requests: RequestTable, tokens: TokenIds, max_step_tokens: int) -> None:
+        self.table = table
+        self.requests = requests
+        self.tokens = tokens
+        self._arange = np.arange(max_step_tokens + 1, dtype=np.int32)
+        self._no_mask = np.zeros((max_step_tokens, 0), dtype=np.int32)
+
+    def write(self, plan: Plan, groups: RowGroups | None, resuming: bool) -> Step:
+        """Write the arrays of the step contract for a plan.
+
+        `groups` of the plan's rows where the caller has them; `resuming`: some rows may belong to trees that
+        are not level yet.
+        """
+        table, size = self.table, self.table.block_size
+        rows, counts = plan.rows, plan.counts
+        num_rows = rows.size
+        query_start = np.zeros(num_rows + 1, dtype=np.int32)
+        np.cumsum(counts, out=query_start[1:])
+        num_tokens = int(query_start[-1])
+        computed = table.computed[rows]
+        kv_len = computed + counts
+        if num_tokens == num_rows:
+            token_rows, positions = rows, computed
+        else:
+            row_of_token = np.repeat(self._arange[:num_rows], counts)
+            token_rows = rows[row_of_token]
+            positions = (computed - query_start[:-1])[row_of_token] + self._arange[:num_tokens]
+        column, offset = np.divmod(positions, size)
+        groups = groups or RowGroups.of(table.request[rows])
+        length = table.length[rows]
+        complete = kv_len == length
+        if resuming:
+            # A tree that is being resumed samples only when all its branches have caught up.
+            several = self.requests.live[groups.requests] > 1
+            complete &= ~(self.requests.catching_up[groups.requests] & several)
+        last = query_start[1:] - 1
+        if complete.all():
+            sampled, sampled_groups = rows, groups
+        else:
+            wanted = np.flatnonzero(complete)
+            sampled, length, last = rows[wanted], length[wanted], last[wanted]
+            sampled_groups = RowGroups.of(groups.requests[wanted])
+        inputs = StepInputs(
+            input_ids=table.tokens[token_rows, positions],
+            position_ids=positions,
+            query_start=query_start,
+            kv_len=kv_len,
+            block_table=table.block_table[rows, : int(table.num_blocks[rows].max())],
+            slot_mapping=table.block_table[token_rows, column] * size + offset,
+            slot_copies=plan.copies,
+            prefix_rows=np.append(groups.starts, num_rows).astype(np.int32),
+            prefix_blocks=self._shared_blocks(rows, groups),
+            tree_mask=self._no_mask[:num_tokens],
+            logits_rows=last,
+        )
+        return Step(
+            inputs=inputs,
+            rows=rows,
+            counts=counts,
+            sampled=sampled,
+            counters=length - table.start[sampled],
+            fork_banned=self._fork_bans(sampled, sampled_groups, length),
+            groups=sampled_groups,
+            registered=plan.registered,
+        )
+
+    def _shared_blocks(self, rows: Int32Array, groups: RowGroups) -> Int32Array:
+        """[G] leading blocks that all rows of a group have in common; 0 for a row alone."""
+        if groups.single:
+            return np.zeros(groups.starts.size, dtype=np.int32)
+        shared: Int32Array = np.minimum.reduceat(self.table.share[rows], groups.starts)
+        shared[groups.sizes == 1] = 0
+        return shared
+
+    def _fork_bans(self, slots: Int32Array, groups: RowGroups, length: Int32Array) -> BoolArray:
+        """Rows that may not fork now (docs/decoding.md, "Bans"): where it is not allowed, and where it could
+        overshoot a limit even if every row before it in the step forks too."""
+        table, requests, owners = self.table, self.requests, groups.requests
+        last = table.tokens[slots, length - 1]
+        live = requests.live[owners]
+        banned: BoolArray = (last == self.tokens.fork) | (last == self.tokens.child)
+        banned |= table.depth[slots] >= requests.max_depth[owners]
+        banned |= length + 3 > table.limit[slots]
+        banned |= requests.max_tokens[owners] - requests.sampled[owners] <= live
+        candidates = ~banned
+        if candidates.any():
+            before: npt.NDArray[np.int64] = np.cumsum(candidates) - candidates
+            rank: npt.NDArray[np.int64] = before - np.repeat(before[groups.starts], groups.sizes)
+            banned |= live + rank >= requests.max_branches[owners]
+            banned |= before >= table.num_free
+        return banned
