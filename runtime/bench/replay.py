@@ -21,8 +21,8 @@ from apar.runtime.branch import Request
 from apar.runtime.engine import Engine
 from apar.runtime.executor.replay import ReplayExecutor
 from apar.runtime.executor.replay_script import text_tokens
+from apar.runtime.limits import SchedulerLimits
 from apar.runtime.sampling_params import SamplingParams
-from apar.runtime.scheduler import SchedulerLimits
 
 FORKING: dict[str, dict[str, Any]] = {"always": {"fork": True}, "never": {"fork": False}}
 """Sampling parameters by the name of a policy. Where a fork is banned, its detail comes inline."""
@@ -49,6 +49,7 @@ class ServiceLevel:
 class Reply:
     """Times of one request, in seconds of the virtual clock."""
 
+    request: Request
     tree: int
     arrived: float
     text: int
@@ -57,7 +58,6 @@ class Reply:
     finished: float = -1.0
     steps: int = 0
     """Steps in which it sampled."""
-    request: Request | None = None
 
     @property
     def latency(self) -> float:
@@ -124,7 +124,8 @@ class ReplayBench:
             **FORKING[fork],
         )
         self._open: dict[str, Reply] = {}
-        self._silent: set[str] = set()
+        self._silent: list[Reply] = []
+        """Replies without a first token, in the order of arrival, in which requests are admitted."""
 
     def run(self, progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
         """Replay everything and return the result (see `_result`); `progress` gets replies done and their number.
@@ -159,13 +160,13 @@ class ReplayBench:
 
     def _submit(self, index: int, arrived: float) -> None:
         tree = self.workload.order[index]
-        reply = Reply(tree, arrived, text_tokens(self.workload.trees[tree]))
         name = str(index)
         # Another salt for every request: the prefix cache finds nothing of one prompt in another.
-        reply.request = self.engine.submit(name, self._replay.replay_prompt(tree, index), self._params)
+        request = self.engine.submit(name, self._replay.replay_prompt(tree, index), self._params)
+        reply = Reply(request, tree, arrived, text_tokens(self.workload.trees[tree]))
         self.replies.append(reply)
         self._open[name] = reply
-        self._silent.add(name)
+        self._silent.append(reply)
 
     def _step(self) -> int:
         """Run a step; returns how many replies it finished."""
@@ -173,12 +174,7 @@ class ReplayBench:
         if report is None:
             raise ExecutorError("the scheduler has nothing to do, but replies are open: a defect of the runtime")
         now = self.executor.now
-        if self._silent:
-            for branch, _ in report.sampled:
-                name = branch.request.request_id
-                if name in self._silent:
-                    self._silent.remove(name)
-                    self._open[name].first_token = now
+        self._note_first_tokens()
         for request in report.finished:
             reply = self._open.pop(request.request_id)
             reply.finished = now
@@ -190,6 +186,20 @@ class ReplayBench:
                     f"tokens: a defect of the runtime{': ' + request.error if request.error else ''}"
                 )
         return len(report.finished)
+
+    def _note_first_tokens(self) -> None:
+        table, now = self.engine.scheduler.table, self.executor.now
+        silent = []
+        for index, reply in enumerate(self._silent):
+            if not reply.request.branches:
+                silent += self._silent[index:]
+                break
+            root = reply.request.root
+            if root.slot < 0 or table.length[root.slot] > root.start:
+                reply.first_token = now
+            else:
+                silent.append(reply)
+        self._silent = silent
 
     def _result(self) -> dict[str, Any]:
         """Everything that was counted, as JSON goes. Times are seconds of the virtual clock."""

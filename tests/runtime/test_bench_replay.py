@@ -15,7 +15,7 @@ from apar.runtime.bench.replay import ReplayBench, ServiceLevel
 from apar.runtime.bench.workload import Workload, forks, plan_workload, poisson
 from apar.runtime.cli import main
 from apar.runtime.executor.replay_script import text_tokens
-from apar.runtime.scheduler import SchedulerLimits
+from apar.runtime.limits import SchedulerLimits
 from apar.runtime.step import StepInputs
 
 Trees = list[dict[str, Any]]
