@@ -8,7 +8,7 @@ from apar.runtime.branch import Branch
 from apar.runtime.branch_table import NO_LIMIT, BranchTable
 from apar.runtime.kv_cache import ROOT_DIGEST, KVCache, chain_digest
 from apar.runtime.request_table import RequestTable
-from apar.runtime.step import Int32Array
+from apar.runtime.step import Int32Array, IntArray
 
 NO_BLOCKS = np.zeros(0, dtype=np.int32)
 NO_COPIES = np.zeros((0, 2), dtype=np.int32)
@@ -29,7 +29,7 @@ class BranchBlocks:
         self.cache = cache
         self._offsets = np.arange(cache.block_size, dtype=np.int32)
 
-    def needed(self, rows: Int32Array, counts: Int32Array) -> Int32Array:
+    def needed(self, rows: IntArray, counts: Int32Array) -> Int32Array:
         """Blocks that each row must take to hold its next `counts` tokens, copies of shared tails included."""
         table, size = self.table, self.cache.block_size
         end = table.computed[rows] + counts
@@ -42,7 +42,7 @@ class BranchBlocks:
         blocks = int(table.num_blocks[slot]) - int(table.copy_tail[slot]) + self.cache.available
         return blocks * self.cache.block_size - int(table.computed[slot])
 
-    def take(self, rows: Int32Array, needed: Int32Array) -> Int32Array:
+    def take(self, rows: IntArray, needed: Int32Array) -> Int32Array:
         """Extend the rows' tables by `needed` blocks; returns the slot copies [C, 2] that un-share their tails."""
         table = self.table
         takers = np.flatnonzero(needed)
@@ -68,7 +68,7 @@ class BranchBlocks:
         self.requests.peak[owners] = np.maximum(self.requests.peak[owners], self.requests.held[owners])
         return self._tail_copies(tails, sources) if tails.size else NO_COPIES
 
-    def _tail_copies(self, tails: Int32Array, sources: Int32Array) -> Int32Array:
+    def _tail_copies(self, tails: IntArray, sources: Int32Array) -> Int32Array:
         """Slot copies of the filled part of parents' last blocks into the children's own."""
         table, size = self.table, self.cache.block_size
         filled = table.computed[tails] % size

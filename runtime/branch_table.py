@@ -35,7 +35,7 @@ class BranchTable:
         """1 where the last listed block is the parent's, partly filled: it is to be copied before use."""
         self.limit = np.zeros(capacity, dtype=np.int32)
         """Path length at which the branch has to end."""
-        self.request = np.zeros(capacity, dtype=np.int32)
+        self.request = np.zeros(capacity, dtype=np.int64)
         self.depth = np.zeros(capacity, dtype=np.int32)
         self.start = np.zeros(capacity, dtype=np.int32)
         """Path position of the branch's first own token."""

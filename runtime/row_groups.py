@@ -5,28 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from apar.runtime.step import Int32Array
-
-IntArray = npt.NDArray[np.int64]
+from apar.runtime.step import IntArray
 
 
 @dataclass(frozen=True, slots=True)
 class RowGroups:
     """Groups of consecutive rows that belong to one request."""
 
-    requests: Int32Array
+    requests: IntArray
     """[R] request index of each row."""
     starts: IntArray
     """[G] first row of each group."""
     sizes: IntArray
     """[G] rows of each group."""
-    owners: Int32Array
+    owners: IntArray
     """[G] request index of each group; all different."""
 
     @classmethod
-    def of(cls, requests: Int32Array) -> RowGroups:
+    def of(cls, requests: IntArray) -> RowGroups:
         """Group rows by their requests, whose rows must stand together."""
         count = requests.size
         edges = np.flatnonzero(requests[1:] != requests[:-1])

@@ -35,9 +35,8 @@ from apar.export.manifest import TokenIds
 from apar.runtime import random_stream
 from apar.runtime.outputs import Logprob
 from apar.runtime.sampling_params import SamplingParams
-from apar.runtime.step import Float32Array, Int32Array
+from apar.runtime.step import Float32Array, Int32Array, IntArray
 
-IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 Float64Array = npt.NDArray[np.float64]
 UInt64Array = npt.NDArray[np.uint64]
@@ -176,18 +175,18 @@ class Sampler:
         self._flags[slot] = 0
         self._prepared[slot] = None
 
-    def reads_path(self, slots: Int32Array) -> BoolArray:
+    def reads_path(self, slots: Int32Array | IntArray) -> BoolArray:
         """bool [L]: rows whose rules read the path. All others may stand in a step several times (draft nodes)."""
         return (self._flags[slots] & (_BAD_WORDS | _PENALTIES)) != 0
 
-    def is_greedy(self, slots: Int32Array) -> BoolArray:
+    def is_greedy(self, slots: Int32Array | IntArray) -> BoolArray:
         """bool [L]: rows that take the largest logit instead of drawing."""
         return (self._flags[slots] & _RANDOM) == 0
 
     def sample(
         self,
         logits: Float32Array,
-        slots: Int32Array,
+        slots: Int32Array | IntArray,
         paths: Int32Array,
         lengths: Int32Array,
         counters: Int32Array,
@@ -256,7 +255,7 @@ class Sampler:
         logits: Float32Array,
         needs: int,
         flags: Int32Array,
-        slots: Int32Array,
+        slots: Int32Array | IntArray,
         paths: Int32Array,
         lengths: Int32Array,
         counters: Int32Array,
@@ -293,7 +292,7 @@ class Sampler:
         self,
         logits: Float32Array,
         rows: IntArray,
-        slots: Int32Array,
+        slots: Int32Array | IntArray,
         counters: Int32Array,
         peaks: Float32Array,
         tokens: Int32Array,
@@ -314,7 +313,7 @@ class Sampler:
                 )
 
     def _report(
-        self, raw: Float32Array, rows: IntArray, slots: Int32Array, good: BoolArray, result: SampleResult
+        self, raw: Float32Array, rows: IntArray, slots: Int32Array | IntArray, good: BoolArray, result: SampleResult
     ) -> None:
         """Log-probabilities of `rows` from their unchanged logits `raw` [len(rows), V]."""
         kept = np.flatnonzero(good[rows])

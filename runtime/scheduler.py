@@ -34,7 +34,7 @@ from apar.runtime.random_stream import child_key, root_key
 from apar.runtime.request_table import RequestTable
 from apar.runtime.row_groups import RowGroups
 from apar.runtime.sampler import Sampler
-from apar.runtime.step import Int32Array
+from apar.runtime.step import Int32Array, IntArray
 from apar.runtime.step_writer import Plan, Step, StepWriter
 
 BoolArray = npt.NDArray[np.bool_]
@@ -83,7 +83,7 @@ class Scheduler:
         self.forks = 0
         self.preemptions = 0
         self._catching: list[Request] = []
-        self._rows = np.zeros(0, dtype=np.int32)
+        self._rows: IntArray = np.zeros(0, dtype=np.int64)
         self._groups = RowGroups.of(self._rows)
         self._rows_stale = False
         self._rotation = 0
@@ -196,7 +196,7 @@ class Scheduler:
             if len(self._catching) == behind:
                 self._relieve()
 
-    def _plan(self, rows: Int32Array) -> Plan | None:
+    def _plan(self, rows: IntArray) -> Plan | None:
         """Choose rows and token counts and take their blocks; None if room must be made first."""
         table = self.table
         if self._catching:
@@ -229,7 +229,7 @@ class Scheduler:
                 if count <= 0:
                     self._starved = self._starved or request
                     continue
-                row, size = np.array([branch.slot], dtype=np.int32), np.array([count], dtype=np.int32)
+                row, size = np.array([branch.slot]), np.array([count], dtype=np.int32)
                 copies.append(blocks.take(row, blocks.needed(row, size)))
                 plan.registered += blocks.register(branch, int(table.computed[branch.slot]) + count)
                 rows.append(branch.slot)
@@ -237,7 +237,7 @@ class Scheduler:
                 budget -= count
                 seats -= 1
         if rows:
-            plan.rows = np.concatenate((plan.rows, np.array(rows, dtype=np.int32)))
+            plan.rows = np.concatenate((plan.rows, np.array(rows)))
             plan.counts = np.concatenate((plan.counts, np.array(counts, dtype=np.int32)))
             plan.copies = np.concatenate(copies)
 
@@ -308,15 +308,15 @@ class Scheduler:
 
     # ---------------------------------------------------------------- choosing
 
-    def _running_rows(self) -> Int32Array:
+    def _running_rows(self) -> IntArray:
         if self._rows_stale:
             slots = [b.slot for request in self.running for b in request.live if not b.parked]
-            self._rows = np.array(slots, dtype=np.int32)
+            self._rows = np.array(slots, dtype=np.int64)
             self._groups = RowGroups.of(self.table.request[self._rows])
             self._rows_stale = False
         return self._rows
 
-    def _rotate(self, rows: Int32Array, counts: Int32Array, seats: int) -> tuple[Int32Array, Int32Array]:
+    def _rotate(self, rows: IntArray, counts: Int32Array, seats: int) -> tuple[IntArray, Int32Array]:
         """Of more rows than a step takes, whole requests from a place that moves on every step."""
         groups = RowGroups.of(self.table.request[rows])
         count = groups.starts.size
@@ -530,7 +530,7 @@ class Scheduler:
         kept: BoolArray = groups.rank() < np.repeat(groups.sizes - surplus, groups.sizes)
         return kept
 
-    def _fail_rows(self, report: StepReport, slots: Int32Array, failed: Sequence[int]) -> BoolArray:
+    def _fail_rows(self, report: StepReport, slots: IntArray, failed: Sequence[int]) -> BoolArray:
         """End the requests of rows with unusable logits; returns which rows go on."""
         requests = self.table.request[slots]
         hit = np.unique(requests[list(failed)])

@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 Int32Array = npt.NDArray[np.int32]
+IntArray = npt.NDArray[np.int64]
+"""Indices on the host: NumPy takes them without conversion."""
 Float32Array = npt.NDArray[np.float32]
 
 INPUT_NAMES = (

@@ -12,7 +12,7 @@ from apar.runtime.branch_blocks import NO_COPIES
 from apar.runtime.branch_table import BranchTable
 from apar.runtime.request_table import RequestTable
 from apar.runtime.row_groups import RowGroups
-from apar.runtime.step import Int32Array, StepInputs
+from apar.runtime.step import Int32Array, IntArray, StepInputs
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -21,7 +21,7 @@ BoolArray = npt.NDArray[np.bool_]
 class Plan:
     """Rows of a step, before its arrays are written."""
 
-    rows: Int32Array
+    rows: IntArray
     counts: Int32Array
     copies: Int32Array = field(default_factory=lambda: NO_COPIES)
     registered: list[int] = field(default_factory=list)
@@ -32,11 +32,11 @@ class Step:
     """One promised step: what the executor gets, and what `commit` needs to book it."""
 
     inputs: StepInputs
-    rows: Int32Array
+    rows: IntArray
     """[R] slots of the branches in the step."""
     counts: Int32Array
     """[R] tokens of each row."""
-    sampled: Int32Array
+    sampled: IntArray
     """[L] slots whose logits are wanted, in the order of the logits."""
     counters: Int32Array
     """[L] index of the token to be sampled within its branch."""
@@ -124,7 +124,7 @@ class StepWriter:
             registered=plan.registered,
         )
 
-    def _shared_blocks(self, rows: Int32Array, groups: RowGroups) -> Int32Array:
+    def _shared_blocks(self, rows: IntArray, groups: RowGroups) -> Int32Array:
         """[G] leading blocks that all rows of a group have in common; 0 for a row alone."""
         if groups.single:
             return np.zeros(groups.starts.size, dtype=np.int32)
@@ -132,7 +132,7 @@ class StepWriter:
         shared[groups.sizes == 1] = 0
         return shared
 
-    def _fork_bans(self, slots: Int32Array, groups: RowGroups, length: Int32Array) -> BoolArray:
+    def _fork_bans(self, slots: IntArray, groups: RowGroups, length: Int32Array) -> BoolArray:
         """Rows that may not fork now (docs/decoding.md, "Bans"): where it is not allowed, and where it could
         overshoot a limit even if every row before it in the step forks too."""
         table, requests, owners = self.table, self.requests, groups.requests
@@ -144,8 +144,8 @@ class StepWriter:
         banned |= requests.max_tokens[owners] - requests.sampled[owners] <= live
         candidates = ~banned
         if candidates.any():
-            before: npt.NDArray[np.int64] = np.cumsum(candidates) - candidates
-            rank: npt.NDArray[np.int64] = before - np.repeat(before[groups.starts], groups.sizes)
+            before: IntArray = np.cumsum(candidates) - candidates
+            rank: IntArray = before - np.repeat(before[groups.starts], groups.sizes)
             banned |= live + rank >= requests.max_branches[owners]
             banned |= before >= table.num_free
         return banned

@@ -17,6 +17,9 @@ seal_venv
 unlock_build
 
 if [ $# = 0 ]; then
-  set -- "Give me three tips for a good night's sleep."
+  set -- "Give me four facts about owls."
+  if [ -t 1 ]; then
+    set -- "$@" --pace 0.08 # the tiny model writes hundreds of tokens a second: too fast to watch
+  fi
 fi
 exec "$venv/bin/apar" generate tiny "$@"

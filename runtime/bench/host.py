@@ -45,7 +45,7 @@ def bench_host(rows: int, steps: int = 200, vocab_size: int = 64) -> dict[str, A
     blocks = (rows + 1) * (context // BLOCK + 2)
     replay = ReplayExecutor(trees, num_blocks=blocks, block_size=BLOCK, vocab_size=vocab_size, max_context=context)
     executor = TimedExecutor(replay)
-    limits = SchedulerLimits(max_rows=rows + 1, max_step_tokens=max(4096, 2 * rows + 2), max_live_branches=rows + 8)
+    limits = SchedulerLimits(max_rows=rows + 1, max_step_tokens=max(4096, 2 * rows + 2), max_live_branches=2 * rows + 8)
     engine = Engine(executor, limits)
     try:
         for i in range(len(trees)):

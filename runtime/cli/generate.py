@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from apar.export.errors import RequestError
 from apar.runtime.cli.engine_options import add_engine_options, executor_options, find_engine, scheduler_limits
-from apar.runtime.cli.parser import Parser
+from apar.runtime.cli.parser import Parser, seconds
 from apar.runtime.cli.prompts import PromptEntry, gather_prompts
 from apar.runtime.cli.sampling_options import add_sampling_options, sampling_params
 
@@ -76,6 +77,13 @@ def make_parser() -> Parser:
         help="draw branches live, or print text as it becomes certain; auto draws where standard output and error are "
         "a terminal",
     )
+    shown.add_argument(
+        "--pace",
+        type=seconds,
+        default=0.0,
+        metavar="SECONDS",
+        help="pause after every step, so that eyes can follow a small model (default: 0)",
+    )
     shown.add_argument("-q", "--quiet", action="store_true", help="answers only: no live view, no figures, no progress")
     parser.add_debug()
     return parser
@@ -103,7 +111,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         answers = [_submit(engine, i, prompts, params, options) for i in range(len(prompts))]
         with Interrupt() as interrupt, make_output(options, prompts, answers) as output:
-            failed = _decode(engine, answers, interrupt, output)
+            failed = _decode(engine, answers, interrupt, output, options.pace)
         if interrupt.pressed:
             raise KeyboardInterrupt
         return 1 if failed else 0
@@ -111,11 +119,13 @@ def run(options: argparse.Namespace) -> int:
         engine.close()
 
 
-def _decode(engine: TextEngine, answers: list[Answer], interrupt: Interrupt, output: AnswerOutput) -> bool:
+def _decode(engine: TextEngine, answers: list[Answer], interrupt: Interrupt, output: AnswerOutput, pace: float) -> bool:
     """Step until all is said or the user interrupts; returns whether an answer failed."""
     while not engine.idle and not interrupt.pressed:
         for answer in engine.step():
             output.take(answer, engine)
+        if pace:
+            time.sleep(pace)
     for answer in answers:
         if engine.cancel(answer.request.request_id) is not None:
             output.take(answer, engine)
