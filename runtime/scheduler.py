@@ -27,6 +27,7 @@ from apar.export.manifest import TokenIds
 from apar.runtime.branch import Branch, Request, RequestState
 from apar.runtime.branch_blocks import BranchBlocks
 from apar.runtime.branch_table import BranchTable
+from apar.runtime.catching_up import CatchingUp
 from apar.runtime.kv_cache import KVCache, KVCacheError
 from apar.runtime.limits import SchedulerLimits
 from apar.runtime.outputs import FinishReason
@@ -82,12 +83,11 @@ class Scheduler:
         self.step_index = 0
         self.forks = 0
         self.preemptions = 0
-        self._catching: list[Request] = []
+        self.catching = CatchingUp(self.table, self.requests, self.blocks, limits)
         self._rows: IntArray = np.zeros(0, dtype=np.int64)
         self._groups = RowGroups.of(self._rows)
         self._rows_stale = False
         self._rotation = 0
-        self._starved: Request | None = None
         self._ends = np.array(tokens.eos, dtype=np.int32)
         self._writer = StepWriter(self.table, self.requests, tokens, limits.max_step_tokens)
 
@@ -181,65 +181,36 @@ class Scheduler:
 
     def schedule(self) -> Step | None:
         """Promise the next step, or None if there is nothing to compute."""
-        if self._starved is not None:
-            self._feed(self._starved)
+        if self.catching.starved is not None:
+            self._feed(self.catching.starved)
         self._admit()
         while True:
             rows = self._running_rows()
-            if not rows.size and not self._catching:
+            if not rows.size and not self.catching:
                 return None
             plan = self._plan(rows)
             if plan is not None:
-                return self._writer.write(plan, self._groups if plan.rows is self._rows else None, bool(self._catching))
-            behind = len(self._catching)
-            self._book_catching_up()  # blocks found in the prefix cache may have been all that was missing
-            if len(self._catching) == behind:
+                return self._writer.write(plan, self._groups if plan.rows is self._rows else None, bool(self.catching))
+            # Blocks found in the prefix cache may have been all that a request still lacked.
+            if not self.catching.settle():
                 self._relieve()
 
     def _plan(self, rows: IntArray) -> Plan | None:
         """Choose rows and token counts and take their blocks; None if room must be made first."""
         table = self.table
-        if self._catching:
+        if self.catching:
             rows = rows[~self.requests.catching_up[table.request[rows]]]
         counts = table.length[rows] - table.computed[rows]
-        seats = self.limits.max_rows - bool(self._catching)
+        seats = self.limits.max_rows - bool(self.catching)
         if rows.size > seats:
             rows, counts = self._rotate(rows, counts, seats)
         needed = self.blocks.needed(rows, counts)
         if needed.sum() > self.cache.available:
             return None
         plan = Plan(rows, counts, self.blocks.take(rows, needed))
-        if self._catching:
-            self._add_chunks(plan)
+        if self.catching:
+            self.catching.add_chunks(plan)
         return plan if plan.rows.size else None
-
-    def _add_chunks(self, plan: Plan) -> None:
-        """Add prompts and resumed trees to a plan, as far as its tokens, rows and the blocks allow."""
-        table, blocks = self.table, self.blocks
-        rows: list[int] = []
-        counts: list[int] = []
-        copies = [plan.copies]
-        budget = self.limits.max_step_tokens - int(plan.counts.sum())
-        seats = self.limits.max_rows - plan.rows.size
-        for request in self._catching:
-            for branch, pending in self._catch_up(request):
-                if not seats or not budget:
-                    break
-                count = min(pending, budget, blocks.room(branch.slot))
-                if count <= 0:
-                    self._starved = self._starved or request
-                    continue
-                row, size = np.array([branch.slot]), np.array([count], dtype=np.int32)
-                copies.append(blocks.take(row, blocks.needed(row, size)))
-                plan.registered += blocks.register(branch, int(table.computed[branch.slot]) + count)
-                rows.append(branch.slot)
-                counts.append(count)
-                budget -= count
-                seats -= 1
-        if rows:
-            plan.rows = np.concatenate((plan.rows, np.array(rows)))
-            plan.counts = np.concatenate((plan.counts, np.array(counts, dtype=np.int32)))
-            plan.copies = np.concatenate(copies)
 
     def commit(self, step: Step, tokens: Int32Array, failed: Sequence[int] = ()) -> StepReport:
         """Book a step that ran: `tokens` [L] were sampled for `step.sampled`.
@@ -281,8 +252,7 @@ class Scheduler:
             self._book_events(report, np.flatnonzero(happens).tolist(), ends)
             for branch in dropped:
                 self._end(report, branch, "length")
-        if self._catching:
-            self._book_catching_up()
+        self.catching.settle()
         return report
 
     def fail(self, step: Step, message: str) -> list[Request]:
@@ -292,12 +262,7 @@ class Scheduler:
         failed = [self.requests.at(index) for index in indices]
         for request in failed:
             self.fail_request(request, message)
-        promised = set(step.registered)
-        for request in self._catching:
-            for branch in request.live:
-                # It found blocks in the prefix cache that the failed step was to fill.
-                if promised.intersection(self.table.blocks(branch.slot).tolist()):
-                    self.blocks.release(branch, remember=False)
+        self.catching.distrust(set(step.registered))
         return failed
 
     def fail_request(self, request: Request, message: str) -> None:
@@ -329,57 +294,6 @@ class Scheduler:
         keep = np.repeat(chosen, groups.sizes)
         return rows[keep], counts[keep]
 
-    # ---------------------------------------------------------------- catching up
-
-    def _catch_up(self, request: Request) -> list[tuple[Branch, int]]:
-        """Branches of a catching-up request that should compute now, with the tokens they may compute.
-
-        The branch with the longest inherited path leads; when it has its K/V, the others find their
-        shared blocks in the prefix cache and follow together.
-        """
-        table = self.table
-        branches = [branch for branch in request.live if not branch.parked]
-        if len(request.live) == 1:
-            branch = branches[0]
-            self.blocks.attach_prefix(branch)
-            return [(branch, int(table.length[branch.slot] - table.computed[branch.slot]))]
-        leader = branches[0] if branches[0].parent is None else max(branches, key=lambda b: b.start)
-        if self._lag(leader) > 0:
-            self.blocks.attach_prefix(leader)
-            if self._lag(leader) > 0:
-                return [(leader, self._lag(leader))]
-        followers = []
-        for branch in branches:
-            if self._lag(branch) > 0:
-                self.blocks.attach_prefix(branch)
-                if self._lag(branch) > 0:
-                    followers.append((branch, self._lag(branch)))
-        return followers
-
-    def _lag(self, branch: Branch) -> int:
-        """Tokens that a branch must compute before it can sample together with its siblings.
-
-        A branch is level with one pending token, a newborn child with two ([Fork] and [Child]).
-        """
-        pending = int(self.table.length[branch.slot] - self.table.computed[branch.slot])
-        return pending - 1 if pending > 2 else 0
-
-    def _book_catching_up(self) -> None:
-        table = self.table
-        still = []
-        for request in self._catching:
-            if request.state is not RequestState.RUNNING:
-                continue
-            branches = [branch for branch in request.live if not branch.parked]
-            if len(request.live) == 1:
-                behind = int(table.length[branches[0].slot] - table.computed[branches[0].slot]) > 1
-            else:
-                behind = any(self._lag(branch) > 0 for branch in branches)
-            self.requests.catching_up[request.index] = behind
-            if behind:
-                still.append(request)
-        self._catching = still
-
     # ---------------------------------------------------------------- admission and preemption
 
     def _admit(self) -> None:
@@ -404,7 +318,7 @@ class Scheduler:
                 self._start(request)
             request.state = RequestState.RUNNING
             insort(self.running, request, key=lambda r: r.sort_key)
-            self._begin_catching_up(request)
+            self.catching.begin(request)
             self._rows_stale = True
 
     def _start(self, request: Request) -> None:
@@ -427,10 +341,6 @@ class Scheduler:
 
     def _limit(self, start: int, max_branch_tokens: int | None) -> int:
         return self.max_context if max_branch_tokens is None else min(self.max_context, start + max_branch_tokens)
-
-    def _begin_catching_up(self, request: Request) -> None:
-        self.requests.catching_up[request.index] = True
-        insort(self._catching, request, key=lambda r: r.sort_key)
 
     def _admission_cost(self, request: Request) -> int:
         """Blocks that a waiting request will take until all its branches have sampled once more."""
@@ -464,11 +374,11 @@ class Scheduler:
         self.blocks.release(branch, remember=True)
         branch.parked = True
         self._rows_stale = True
-        self._book_catching_up()
+        self.catching.settle()
 
     def _feed(self, request: Request) -> None:
         """Preempt the youngest request if an older one could not get a block in the last step."""
-        self._starved = None
+        self.catching.starved = None
         if self.requests.catching_up[request.index] and request in self.running and self.running[-1] is not request:
             self._preempt(self.running[-1])
 
@@ -478,9 +388,7 @@ class Scheduler:
             self.blocks.release(branch, remember=True)
             branch.parked = False
         self.running.remove(request)
-        if request in self._catching:
-            self._catching.remove(request)
-        self.requests.catching_up[request.index] = False
+        self.catching.drop(request)
         request.state = RequestState.WAITING
         request.preemptions += 1
         self.preemptions += 1
@@ -498,8 +406,7 @@ class Scheduler:
             branch.parked = False
             active += 1
             self._rows_stale = True
-            if not self.requests.catching_up[request.index]:
-                self._begin_catching_up(request)
+            self.catching.begin(request)
 
     # ---------------------------------------------------------------- booking
 
@@ -590,8 +497,7 @@ class Scheduler:
         worst: list[FinishReason] = ["error", "cancelled", "length"]
         request.finish_reason = next((r for r in worst if r in reasons), request.root.finish_reason or last_reason)
         (self.running if request.state is RequestState.RUNNING else self.waiting).remove(request)
-        if request in self._catching:
-            self._catching.remove(request)
+        self.catching.drop(request)
         self.requests.remove(request)
         request.state = RequestState.FINISHED
         self._rows_stale = True

@@ -1,0 +1,132 @@
+"""Requests some of whose branches lack K/V that they need to sample: prompts being prefilled, trees being resumed."""
+
+from __future__ import annotations
+
+from bisect import insort
+
+import numpy as np
+
+from apar.runtime.branch import Branch, Request, RequestState
+from apar.runtime.branch_blocks import BranchBlocks
+from apar.runtime.branch_table import BranchTable
+from apar.runtime.limits import SchedulerLimits
+from apar.runtime.request_table import RequestTable
+from apar.runtime.step_writer import Plan
+
+
+class CatchingUp:
+    """Gives chunks of missing tokens to requests, in their order, until all their branches are level.
+
+    Args:
+        table: live branches.
+        requests: admitted requests; `catching_up` marks those that are listed here.
+        blocks: of the branches.
+        limits: of a step.
+    """
+
+    def __init__(
+        self, table: BranchTable, requests: RequestTable, blocks: BranchBlocks, limits: SchedulerLimits
+    ) -> None:
+        self.table = table
+        self.requests = requests
+        self.blocks = blocks
+        self.limits = limits
+        self.starved: Request | None = None
+        """The first request that got no block in the last step."""
+        self._listed: list[Request] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._listed)
+
+    def begin(self, request: Request) -> None:
+        """List a request. Idempotent."""
+        if not self.requests.catching_up[request.index]:
+            self.requests.catching_up[request.index] = True
+            insort(self._listed, request, key=lambda r: r.sort_key)
+
+    def drop(self, request: Request) -> None:
+        """Take a request off the list, if it is there."""
+        if self.requests.catching_up[request.index]:
+            self.requests.catching_up[request.index] = False
+            self._listed.remove(request)
+
+    def settle(self) -> bool:
+        """Take those off the list that are level; returns whether there were any."""
+        level = [request for request in self._listed if not self._behind(request)]
+        for request in level:
+            self.drop(request)
+        return bool(level)
+
+    def distrust(self, blocks: set[int]) -> None:
+        """Release every branch that found one of `blocks` in the prefix cache before it was filled."""
+        for request in self._listed:
+            for branch in request.live:
+                if blocks.intersection(self.table.blocks(branch.slot).tolist()):
+                    self.blocks.release(branch, remember=False)
+
+    def add_chunks(self, plan: Plan) -> None:
+        """Add what is missing to a plan, as far as its tokens, rows and the blocks allow."""
+        table, blocks = self.table, self.blocks
+        rows: list[int] = []
+        counts: list[int] = []
+        copies = [plan.copies]
+        budget = self.limits.max_step_tokens - int(plan.counts.sum())
+        seats = self.limits.max_rows - plan.rows.size
+        for request in self._listed:
+            for branch, missing in self._missing(request):
+                if not seats or not budget:
+                    break
+                count = min(missing, budget, blocks.room(branch.slot))
+                if count <= 0:
+                    self.starved = self.starved or request
+                    continue
+                row, size = np.array([branch.slot]), np.array([count], dtype=np.int32)
+                copies.append(blocks.take(row, blocks.needed(row, size)))
+                plan.registered += blocks.register(branch, int(table.computed[branch.slot]) + count)
+                rows.append(branch.slot)
+                counts.append(count)
+                budget -= count
+                seats -= 1
+        if rows:
+            plan.rows = np.concatenate((plan.rows, np.array(rows)))
+            plan.counts = np.concatenate((plan.counts, np.array(counts, dtype=np.int32)))
+            plan.copies = np.concatenate(copies)
+
+    def _missing(self, request: Request) -> list[tuple[Branch, int]]:
+        """Branches of a request that should compute now, with the tokens they may compute.
+
+        The branch with the longest inherited path leads; when it has its K/V, the others find their
+        shared blocks in the prefix cache and follow together.
+        """
+        branches = [branch for branch in request.live if not branch.parked]
+        if len(request.live) == 1:
+            self.blocks.attach_prefix(branches[0])
+            return [(branches[0], self._pending(branches[0]))]
+        leader = branches[0] if branches[0].parent is None else max(branches, key=lambda b: b.start)
+        if self._attached_lag(leader):
+            return [(leader, self._lag(leader))]
+        return [(branch, self._lag(branch)) for branch in branches if self._attached_lag(branch)]
+
+    def _attached_lag(self, branch: Branch) -> int:
+        """A branch's lag after it took from the prefix cache what is there."""
+        if self._lag(branch):
+            self.blocks.attach_prefix(branch)
+        return self._lag(branch)
+
+    def _pending(self, branch: Branch) -> int:
+        return int(self.table.length[branch.slot] - self.table.computed[branch.slot])
+
+    def _lag(self, branch: Branch) -> int:
+        """Tokens that a branch must compute before it can sample together with its siblings.
+
+        A branch is level with one pending token, a newborn child with two ([Fork] and [Child]).
+        """
+        pending = self._pending(branch)
+        return pending - 1 if pending > 2 else 0
+
+    def _behind(self, request: Request) -> bool:
+        assert request.state is RequestState.RUNNING
+        branches = [branch for branch in request.live if not branch.parked]
+        if len(request.live) == 1:
+            return self._pending(branches[0]) > 1
+        return any(self._lag(branch) for branch in branches)
