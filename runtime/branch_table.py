@@ -36,7 +36,8 @@ class BranchTable:
         self.limit = np.zeros(capacity, dtype=np.int32)
         """Path length at which the branch has to end."""
         self.request = np.zeros(capacity, dtype=np.int64)
-        self.depth = np.zeros(capacity, dtype=np.int32)
+        self.fork_limit = np.zeros(capacity, dtype=np.int32)
+        """Longest path after which the branch may still sample [Fork]; -1 where it never may."""
         self.start = np.zeros(capacity, dtype=np.int32)
         """Path position of the branch's first own token."""
         self.share = np.zeros(capacity, dtype=np.int32)

@@ -18,11 +18,9 @@ class RequestTable:
     def __init__(self, capacity: int) -> None:
         self.requests: list[Request | None] = [None] * capacity
         self._free = list(range(capacity - 1, -1, -1))
-        self.sampled = np.zeros(capacity, dtype=np.int32)
-        """Tokens sampled so far, over the whole tree."""
-        self.max_tokens = np.zeros(capacity, dtype=np.int32)
+        self.remaining = np.zeros(capacity, dtype=np.int32)
+        """Tokens of `max_tokens` that are left to sample, over the whole tree."""
         self.max_branches = np.zeros(capacity, dtype=np.int32)
-        self.max_depth = np.zeros(capacity, dtype=np.int32)
         self.live = np.zeros(capacity, dtype=np.int32)
         """Live branches."""
         self.held = np.zeros(capacity, dtype=np.int32)
@@ -46,11 +44,10 @@ class RequestTable:
         index = self._free.pop()
         request.index = index
         self.requests[index] = request
-        self.sampled[index] = self.held[index] = self.peak[index] = self.steps[index] = 0
+        self.held[index] = self.peak[index] = self.steps[index] = 0
         self.live[index] = 1
-        self.max_tokens[index] = params.max_tokens
+        self.remaining[index] = params.max_tokens
         self.max_branches[index] = min(params.max_branches, max_branches)
-        self.max_depth[index] = params.max_depth if params.fork else 1
         self.catching_up[index] = False
         self.stop_tokens[index] = bool(params.stop_token_ids)
         return index
@@ -58,7 +55,7 @@ class RequestTable:
     def remove(self, request: Request) -> None:
         """Take a finished request out; its counts move to the request."""
         index = request.index
-        request.sampled = int(self.sampled[index])
+        request.sampled = request.params.max_tokens - int(self.remaining[index])
         request.peak_blocks = int(self.peak[index])
         request.steps = int(self.steps[index])
         self.catching_up[index] = False

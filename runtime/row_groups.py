@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from apar.runtime.step import IntArray
+from apar.runtime.step import Int32Array, IntArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +21,8 @@ class RowGroups:
     """[G] rows of each group."""
     owners: IntArray
     """[G] request index of each group; all different."""
+    bounds: Int32Array
+    """[G + 1] `prefix_rows` of the step contract: starts, and the number of rows."""
 
     @classmethod
     def of(cls, requests: IntArray) -> RowGroups:
@@ -33,7 +35,10 @@ class RowGroups:
         sizes[:-1] = starts[1:] - starts[:-1]
         if count:
             sizes[-1] = count - starts[-1]
-        return cls(requests, starts, sizes, requests[starts])
+        bounds = np.empty(starts.size + 1, dtype=np.int32)
+        bounds[:-1] = starts
+        bounds[-1] = count
+        return cls(requests, starts, sizes, requests[starts], bounds)
 
     @property
     def single(self) -> bool:

@@ -227,10 +227,10 @@ class Scheduler:
             slots, counters, tokens = slots[kept], counters[kept], tokens[kept]
             groups = RowGroups.of(groups.requests[kept])
         if slots.size:
-            requests.sampled[groups.owners] += groups.sizes
+            requests.remaining[groups.owners] -= groups.sizes
             requests.steps[groups.owners] += 1
             owners = groups.requests
-            exhausted = requests.sampled[owners] >= requests.max_tokens[owners]
+            exhausted = requests.remaining[owners] <= 0
             surplus: list[int] = []
             if exhausted.any():
                 kept = self._within_budget(groups)
@@ -331,16 +331,21 @@ class Scheduler:
         slot = table.take(root)
         table.tokens[slot, :length] = request.prompt
         table.length[slot] = length
-        table.depth[slot] = 1
         table.request[slot] = index
         table.start[slot] = length
-        table.limit[slot] = self._limit(length, params.max_branch_tokens)
+        self._set_limits(root)
         request.branches.append(root)
         request.live.append(root)
         self.sampler.attach(slot, request.prepared, root.key, length)
 
-    def _limit(self, start: int, max_branch_tokens: int | None) -> int:
-        return self.max_context if max_branch_tokens is None else min(self.max_context, start + max_branch_tokens)
+    def _set_limits(self, branch: Branch) -> None:
+        """Where a branch has to end, and how long it may fork: a child needs room for [Fork], [Child] and a token."""
+        params, slot = branch.request.params, branch.slot
+        limit = self.max_context
+        if params.max_branch_tokens is not None:
+            limit = min(limit, branch.start + params.max_branch_tokens)
+        self.table.limit[slot] = limit
+        self.table.fork_limit[slot] = limit - 3 if params.fork and branch.depth < params.max_depth else -1
 
     def _admission_cost(self, request: Request) -> int:
         """Blocks that a waiting request will take until all its branches have sampled once more."""
@@ -412,7 +417,7 @@ class Scheduler:
 
     def _book_events(self, report: StepReport, rows: list[int], ends: BoolArray) -> None:
         """Handle rows whose token forked, ended a branch, or met a limit."""
-        table, spent, budget = self.table, self.requests.sampled, self.requests.max_tokens
+        table, remaining = self.table, self.requests.remaining
         for i in rows:
             branch, token = report.branches[i], report.tokens[i]
             slot, request = branch.slot, branch.request
@@ -421,7 +426,7 @@ class Scheduler:
             if ends[i] or token in params.stop_token_ids:
                 kept = params.include_stop_in_output and not ends[i]
                 self._end(report, branch, "stop", drop_last=not kept)
-            elif spent[index] >= budget[index] or table.length[slot] >= table.limit[slot]:
+            elif remaining[index] <= 0 or table.length[slot] >= table.limit[slot]:
                 self._end(report, branch, "length")
             elif token == self.tokens.fork:
                 report.forked.append(self._fork(request, branch))
@@ -432,8 +437,8 @@ class Scheduler:
         Takes the tokens that do not fit back out of the requests' counts.
         """
         requests, owners = self.requests, groups.owners
-        surplus = np.maximum(requests.sampled[owners] - requests.max_tokens[owners], 0)
-        requests.sampled[owners] -= surplus
+        surplus = np.maximum(-requests.remaining[owners], 0)
+        requests.remaining[owners] += surplus
         kept: BoolArray = groups.rank() < np.repeat(groups.sizes - surplus, groups.sizes)
         return kept
 
@@ -478,10 +483,9 @@ class Scheduler:
         table.tokens[slot, : position + 1] = table.tokens[source, : position + 1]
         table.tokens[slot, position + 1] = self.tokens.child
         table.length[slot] = position + 2
-        table.depth[slot] = child.depth
         table.request[slot] = request.index
         table.start[slot] = child.start
-        table.limit[slot] = self._limit(child.start, request.params.max_branch_tokens)
+        self._set_limits(child)
         self.blocks.inherit(slot, source, position)
         self.sampler.attach(slot, request.prepared, child.key, len(request.prompt), root=False)
         request.branches.append(child)

@@ -108,7 +108,7 @@ class StepWriter:
             block_table=table.block_table[rows, : int(table.num_blocks[rows].max())],
             slot_mapping=table.block_table[token_rows, column] * size + offset,
             slot_copies=plan.copies,
-            prefix_rows=np.append(groups.starts, num_rows).astype(np.int32),
+            prefix_rows=groups.bounds,
             prefix_blocks=self._shared_blocks(rows, groups),
             tree_mask=self._no_mask[:num_tokens],
             logits_rows=last,
@@ -119,7 +119,7 @@ class StepWriter:
             counts=counts,
             sampled=sampled,
             counters=length - table.start[sampled],
-            fork_banned=self._fork_bans(sampled, sampled_groups, length),
+            fork_banned=self._fork_bans(sampled, sampled_groups, length, inputs.input_ids[last]),
             groups=sampled_groups,
             registered=plan.registered,
         )
@@ -132,20 +132,22 @@ class StepWriter:
         shared[groups.sizes == 1] = 0
         return shared
 
-    def _fork_bans(self, slots: IntArray, groups: RowGroups, length: Int32Array) -> BoolArray:
+    def _fork_bans(self, slots: IntArray, groups: RowGroups, length: Int32Array, last: Int32Array) -> BoolArray:
         """Rows that may not fork now (docs/decoding.md, "Bans"): where it is not allowed, and where it could
         overshoot a limit even if every row before it in the step forks too."""
-        table, requests, owners = self.table, self.requests, groups.requests
-        last = table.tokens[slots, length - 1]
+        requests, owners = self.requests, groups.requests
         live = requests.live[owners]
-        banned: BoolArray = (last == self.tokens.fork) | (last == self.tokens.child)
-        banned |= table.depth[slots] >= requests.max_depth[owners]
-        banned |= length + 3 > table.limit[slots]
-        banned |= requests.max_tokens[owners] - requests.sampled[owners] <= live
-        candidates = ~banned
-        if candidates.any():
+        banned: BoolArray = length > self.table.fork_limit[slots]
+        banned |= last == self.tokens.fork
+        banned |= last == self.tokens.child
+        banned |= requests.remaining[owners] <= live
+        # Rank among the rows that may still fork, all others of the request and of the step before it included.
+        if not groups.single:
+            candidates = ~banned
             before: IntArray = np.cumsum(candidates) - candidates
-            rank: IntArray = before - np.repeat(before[groups.starts], groups.sizes)
-            banned |= live + rank >= requests.max_branches[owners]
-            banned |= before >= table.num_free
+            live = live + before - np.repeat(before[groups.starts], groups.sizes)
+        banned |= live >= requests.max_branches[owners]
+        if banned.size - np.count_nonzero(banned) > self.table.num_free:
+            candidates = ~banned
+            banned |= np.cumsum(candidates) > self.table.num_free
         return banned
