@@ -10,6 +10,8 @@ import tokenizers
 
 from apar.export.checkpoint import Checkpoint
 from apar.export.manifest import Manifest
+from apar.runtime.llm import LLM
+from apar.runtime.sampling_params import SamplingParams
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -33,6 +35,10 @@ def test_random_checkpoint_becomes_an_engine(tmp_path: Path) -> None:
     tokenizer = tokenizers.Tokenizer.from_file(str(engine / "tokenizer.json"))
     text = "Grüße, 世界!\n"
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
+    with LLM(engine, num_blocks=16, threads=1) as llm:
+        assert llm.tokenizer.decode(llm.tokenizer.encode_text(text)) == text
+        answer = llm.generate(text, SamplingParams(max_tokens=12, ignore_eos=True), chat=False)[0]
+    assert answer.usage.completion_tokens == 12
     again = run("build_engine.py", source, "-o", engine)
     assert again.returncode == 1
     assert "error: " in again.stderr
