@@ -28,10 +28,9 @@ Item = BranchEvent | RequestOutput | EngineStoppedError
 class AsyncLLM:
     """Streams answers to many concurrent callers.
 
-        llm = AsyncLLM("tiny")
-        async for item in llm.stream("How do I grow tomatoes?"):
-            ...  # ForkEvent, DeltaEvent, FinishEvent; a RequestOutput comes last
-        await llm.close()
+        async with AsyncLLM("tiny") as llm:
+            async for item in llm.stream("How do I grow tomatoes?"):
+                ...  # ForkEvent, DeltaEvent, FinishEvent; a RequestOutput comes last
 
     Requests may be made from any event loop. Leaving the loop over a stream, or cancelling the task,
     cancels the request: its blocks are free before the next step. Arguments as for `LLM`.
@@ -116,6 +115,12 @@ class AsyncLLM:
             self._closing = True
             self._wake.notify()
         await asyncio.to_thread(self._thread.join)
+
+    async def __aenter__(self) -> AsyncLLM:
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.close()
 
     def _call(self, function: Callable[[], Any]) -> Future[Any]:
         """Run a function between two steps of the engine loop."""

@@ -268,8 +268,7 @@ class TestAsync:
     @staticmethod
     def run(tiny_engine: Path, scenario: Any) -> None:
         async def whole() -> None:
-            llm = AsyncLLM(tiny_engine, num_blocks=600)
-            try:
+            async with AsyncLLM(tiny_engine, num_blocks=600) as llm:
                 await asyncio.wait_for(scenario(llm), 120)
                 for _ in range(200):
                     stats = await llm.stats()
@@ -277,8 +276,6 @@ class TestAsync:
                         break
                     await asyncio.sleep(0.02)
                 assert stats["kv_blocks_used"] == 0 and stats["live_branches"] == 0
-            finally:
-                await llm.close()
 
         asyncio.run(whole())
 
