@@ -461,7 +461,7 @@ class Scheduler:
             report.finished.append(request)
 
     def _fork(self, request: Request, parent: Branch) -> Branch:
-        """Bear a child at the [Fork] that `parent` has just sampled (APAR.md, Decoding 2).
+        """Bear a child at the [Fork] that `parent` has just sampled (docs/decoding.md, "Branches").
 
         The child's path is the parent's up to and including [Fork], then a forced [Child]; both are pending.
         """

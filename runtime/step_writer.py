@@ -133,7 +133,7 @@ class StepWriter:
         return shared
 
     def _fork_bans(self, slots: IntArray, groups: RowGroups, length: Int32Array, last: Int32Array) -> BoolArray:
-        """Rows that may not fork now (docs/decoding.md, "Bans"): where it is not allowed, and where it could
+        """Rows that may not fork now (docs/decoding.md, "Branches"): where it is not allowed, and where it could
         overshoot a limit even if every row before it in the step forks too."""
         requests, owners = self.requests, groups.requests
         live = requests.live[owners]
