@@ -29,3 +29,12 @@ class SchedulerLimits:
                 f"max_step_tokens ({self.max_step_tokens}) must be at least twice max_rows ({self.max_rows}): "
                 "a branch's first step has two tokens"
             )
+
+    @property
+    def admitted_rows(self) -> int:
+        """Live branches up to which requests are admitted: twice what a step takes, as far as half the slots allow.
+
+        Whole requests then take turns. A row that waits its turn costs nothing but its blocks, while a request that
+        waits for admission has not even a first token.
+        """
+        return max(self.max_rows, min(2 * self.max_rows, self.max_live_branches // 2))

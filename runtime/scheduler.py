@@ -309,7 +309,7 @@ class Scheduler:
                 resumed = True
             live_rows = self._running_rows().size
             if self.running:
-                if live_rows + max(len(request.live), 1) > self.limits.max_rows:
+                if live_rows + max(len(request.live), 1) > self.limits.admitted_rows:
                     return
                 if self._admission_cost(request) > self.cache.available - self._reserve():
                     return

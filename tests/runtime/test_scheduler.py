@@ -350,7 +350,7 @@ def test_context_shrinks_to_the_pool() -> None:
 
 
 def test_priorities_go_first_and_arrival_decides_the_rest() -> None:
-    limits = SchedulerLimits(max_rows=2, max_step_tokens=64, max_live_branches=16)
+    limits = SchedulerLimits(max_rows=1, max_step_tokens=64, max_live_branches=16)
     engine = make(limits=limits)
     params = dataclasses.replace(LONG, fork=False, ignore_eos=True, max_tokens=8)
     order: list[str] = []
