@@ -37,7 +37,7 @@ class ForkAttention:
         self._kind = TensorProto.FLOAT16 if kv_dtype == "float16" else TensorProto.FLOAT
 
     def inputs(self, config: DecoderConfig) -> list[onnx.ValueInfoProto]:
-        """The step contract (docs/engine-directory.md)."""
+        """The step contract (docs/step-contract.md)."""
         shapes: dict[str, tuple[int | str, ...]] = {
             "position_ids": ("T",),
             "query_start": ("R_plus_1",),
