@@ -143,7 +143,6 @@ def test_held_out_entries() -> None:
         assert FORK not in str(entry["expected"]) and CHILD not in str(entry["expected"])
 
 
-
 def test_shipped_folder_is_small_and_complete() -> None:
     names = {
         "README.md", "added_tokens.json", "config.json", "generation_config.json", "heldout.json", "model.safetensors",
