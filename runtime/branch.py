@@ -75,7 +75,7 @@ class Request:
     live: list[Branch] = field(default_factory=list)
     """Live branches by id: the order of rows in a step."""
     sampled: int = 0
-    """Tokens sampled over the whole tree; kept in the scheduler's arrays while admitted."""
+    """Tokens sampled over the whole tree; filled in when the request ends, as are `peak_blocks` and `steps`."""
     cached_tokens: int = 0
     peak_blocks: int = 0
     preemptions: int = 0

@@ -41,7 +41,8 @@ class TextEngine:
             if chat:
                 return render_chat([{"role": "user", "content": prompt}], self.tokenizer)
             return render_prompt(prompt, self.tokenizer)
-        if isinstance(prompt, bytes | bytearray) or not _is_sequence(prompt):
+        given: object = prompt  # callers without a type checker pass anything
+        if isinstance(given, bytes | bytearray) or not isinstance(given, Sequence):
             raise RequestError(f"a prompt is a text, token ids or chat messages, not {type(prompt).__name__}")
         if not prompt:
             raise RequestError("the prompt is empty; give at least one token or message")
@@ -154,7 +155,3 @@ class TextEngine:
     def _retire(self, answer: Answer) -> None:
         del self._answers[answer.request]
         del self._by_id[answer.request.request_id]
-
-
-def _is_sequence(value: object) -> bool:
-    return isinstance(value, Sequence)
