@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from itertools import count
 
+from apar.runtime.booking import StepReport
 from apar.runtime.branch import Request
 from apar.runtime.executor.base import Executor
 from apar.runtime.kv_cache import KVCache
@@ -15,7 +16,7 @@ from apar.runtime.outputs import Logprob
 from apar.runtime.random_stream import fresh_seed
 from apar.runtime.sampler import Sampler, SampleResult
 from apar.runtime.sampling_params import SamplingParams
-from apar.runtime.scheduler import Scheduler, StepReport
+from apar.runtime.scheduler import Scheduler
 from apar.runtime.step import Float32Array
 from apar.runtime.step_writer import Step
 

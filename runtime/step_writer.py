@@ -5,16 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
-from apar.export.manifest import TokenIds
 from apar.runtime.branch_blocks import NO_COPIES
 from apar.runtime.branch_table import BranchTable
+from apar.runtime.fork_bans import BoolArray, ForkBans
 from apar.runtime.request_table import RequestTable
 from apar.runtime.row_groups import RowGroups
 from apar.runtime.step import Int32Array, IntArray, StepInputs
-
-BoolArray = npt.NDArray[np.bool_]
 
 
 @dataclass(slots=True)
@@ -54,22 +51,21 @@ class StepWriter:
     Args:
         table: live branches.
         requests: admitted requests.
-        tokens: ids of [Fork] and [Child].
+        fork_bans: says which rows may not fork.
         max_step_tokens: the longest step.
     """
 
-    def __init__(self, table: BranchTable, requests: RequestTable, tokens: TokenIds, max_step_tokens: int) -> None:
+    def __init__(self, table: BranchTable, requests: RequestTable, fork_bans: ForkBans, max_step_tokens: int) -> None:
         self.table = table
         self.requests = requests
-        self.tokens = tokens
+        self.fork_bans = fork_bans
         self._arange = np.arange(max_step_tokens + 1, dtype=np.int32)
         self._no_mask = np.zeros((max_step_tokens, 0), dtype=np.int32)
 
-    def write(self, plan: Plan, groups: RowGroups | None, resuming: bool) -> Step:
+    def write(self, plan: Plan, groups: RowGroups, resuming: bool) -> Step:
         """Write the arrays of the step contract for a plan.
 
-        `groups` of the plan's rows where the caller has them; `resuming`: some rows may belong to trees that
-        are not level yet.
+        `groups` are the plan's rows by request; `resuming`: some rows may belong to trees that are not level yet.
         """
         table, size = self.table, self.table.block_size
         rows, counts = plan.rows, plan.counts
@@ -86,7 +82,6 @@ class StepWriter:
             token_rows = rows[row_of_token]
             positions = (computed - query_start[:-1])[row_of_token] + self._arange[:num_tokens]
         column, offset = np.divmod(positions, size)
-        groups = groups or RowGroups.of(table.request[rows])
         length = table.length[rows]
         complete = kv_len == length
         if resuming:
@@ -119,7 +114,7 @@ class StepWriter:
             counts=counts,
             sampled=sampled,
             counters=length - table.start[sampled],
-            fork_banned=self._fork_bans(sampled, sampled_groups, length, inputs.input_ids[last]),
+            fork_banned=self.fork_bans.of(sampled, sampled_groups, length, inputs.input_ids[last]),
             groups=sampled_groups,
             registered=plan.registered,
         )
@@ -131,23 +126,3 @@ class StepWriter:
         shared: Int32Array = np.minimum.reduceat(self.table.share[rows], groups.starts)
         shared[groups.sizes == 1] = 0
         return shared
-
-    def _fork_bans(self, slots: IntArray, groups: RowGroups, length: Int32Array, last: Int32Array) -> BoolArray:
-        """Rows that may not fork now (docs/decoding.md, "Branches"): where it is not allowed, and where it could
-        overshoot a limit even if every row before it in the step forks too."""
-        requests, owners = self.requests, groups.requests
-        live = requests.live[owners]
-        banned: BoolArray = length > self.table.fork_limit[slots]
-        banned |= last == self.tokens.fork
-        banned |= last == self.tokens.child
-        banned |= requests.remaining[owners] <= live
-        # Rank among the rows that may still fork, all others of the request and of the step before it included.
-        if not groups.single:
-            candidates = ~banned
-            before: IntArray = np.cumsum(candidates) - candidates
-            live = live + before - np.repeat(before[groups.starts], groups.sizes)
-        banned |= live >= requests.max_branches[owners]
-        if banned.size - np.count_nonzero(banned) > self.table.num_free:
-            candidates = ~banned
-            banned |= np.cumsum(candidates) > self.table.num_free
-        return banned

@@ -9,11 +9,11 @@ from typing import Any
 
 from apar.export.errors import RequestError
 from apar.runtime.answer import Answer
+from apar.runtime.booking import StepReport
 from apar.runtime.branch import Request
 from apar.runtime.chat import ChatMessage, render_chat, render_prompt
 from apar.runtime.engine import Engine
 from apar.runtime.sampling_params import SamplingParams
-from apar.runtime.scheduler import StepReport
 from apar.runtime.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[ChatMessage]

@@ -102,7 +102,7 @@ def test_preemption_with_finished_siblings_and_finished_root() -> None:
             if done and engine.scheduler.step_index % 5 == 0:
                 hit_finished_sibling = True
                 hit_finished_root |= request.root.finish_reason is not None
-                engine.scheduler._preempt(request)
+                engine.scheduler.preempt(request)
                 engine.scheduler.check()
     assert hit_finished_sibling and hit_finished_root
     assert [shape(r.root) for r in requests] == [shape(reference_tree(t, LONG, 96)) for t in texts]
@@ -223,7 +223,7 @@ def test_cancellation_frees_everything_at_once(moment: str) -> None:
             if (lengths - computed <= 2).all():
                 state = "newborn" if (lengths - computed == 2).any() else "decoding"
         if moment == "preempted" and state == "decoding" and len(victim.live) > 1:
-            scheduler._preempt(victim)
+            scheduler.preempt(victim)
             state = "preempted"
         if state == moment:
             before = scheduler.cache.num_referenced

@@ -92,7 +92,7 @@ class BranchesAndBlocks(RuleBasedStateMachine):
     @precondition(lambda self: bool(self.engine.scheduler.running))
     def preempt(self, data: st.DataObject) -> None:
         running = self.engine.scheduler.running
-        self.engine.scheduler._preempt(running[data.draw(st.integers(0, len(running) - 1))])
+        self.engine.scheduler.preempt(running[data.draw(st.integers(0, len(running) - 1))])
         self.operations += 1
 
     @rule(data=st.data())
@@ -168,7 +168,7 @@ def test_a_million_operations() -> None:
                 if choice < 0.94:
                     scheduler.cancel(request)
                 elif choice < 0.97:
-                    scheduler._preempt(request)
+                    scheduler.preempt(request)
                 else:
                     scheduler.finish_branch(request.live[int(random.integers(len(request.live)))], "stop_string")
                 machine.operations += 1

@@ -1,0 +1,140 @@
+"""Booking: what the tokens of a step change. They extend paths, bear children, end branches and requests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from apar.export.manifest import TokenIds
+from apar.runtime.branch import Branch, Request
+from apar.runtime.branch_table import BranchTable
+from apar.runtime.lifecycle import Lifecycle
+from apar.runtime.outputs import FinishReason
+from apar.runtime.request_table import RequestTable
+from apar.runtime.row_groups import RowGroups
+from apar.runtime.step import Int32Array, IntArray
+from apar.runtime.step_writer import Step
+
+BoolArray = npt.NDArray[np.bool_]
+
+
+@dataclass(slots=True)
+class StepReport:
+    """What one commit changed, for those who turn it into text and events."""
+
+    step: int
+    branches: list[Branch] = field(default_factory=list)
+    """Branches that grew by one token; those that it ended are listed too."""
+    tokens: list[int] = field(default_factory=list)
+    """Their tokens."""
+    forked: list[Branch] = field(default_factory=list)
+    """Children born."""
+    ended: list[Branch] = field(default_factory=list)
+    finished: list[Request] = field(default_factory=list)
+
+
+class Booking:
+    """Writes sampled tokens into the tables and lets happen what follows from them.
+
+    Args:
+        table: live branches.
+        requests: admitted requests.
+        lifecycle: bears and ends branches.
+        tokens: ids of [Fork] and the ends.
+    """
+
+    def __init__(self, table: BranchTable, requests: RequestTable, lifecycle: Lifecycle, tokens: TokenIds) -> None:
+        self.table = table
+        self.requests = requests
+        self.lifecycle = lifecycle
+        self.tokens = tokens
+        self._ends = np.array(tokens.eos, dtype=np.int32)
+
+    def book(self, step: Step, tokens: Int32Array, failed: Sequence[int] = ()) -> StepReport:
+        """Book a step that ran: `tokens` [L] were sampled for `step.sampled`.
+
+        `failed` lists rows of L whose logits were unusable (not finite): their requests end with an error.
+        """
+        table, requests, lifecycle = self.table, self.requests, self.lifecycle
+        table.computed[step.rows] += step.counts
+        lifecycle.step_index += 1
+        report = StepReport(lifecycle.step_index)
+        slots, counters, groups = step.sampled, step.counters, step.groups
+        if failed:
+            kept = self._fail_rows(report, slots, failed)
+            slots, counters, tokens = slots[kept], counters[kept], tokens[kept]
+            groups = RowGroups.of(groups.requests[kept])
+        if not slots.size:
+            return report
+        requests.remaining[groups.owners] -= groups.sizes
+        requests.steps[groups.owners] += 1
+        owners = groups.requests
+        exhausted = requests.remaining[owners] <= 0
+        surplus: list[int] = []
+        if exhausted.any():
+            kept = self._within_budget(groups)
+            surplus = slots[~kept].tolist()
+            slots, counters, tokens = slots[kept], counters[kept], tokens[kept]
+            owners, exhausted = owners[kept], exhausted[kept]
+        length = table.length[slots]
+        table.tokens[slots, length] = tokens
+        length += 1
+        table.length[slots] = length
+        table.first_step[slots[counters == 0]] = report.step
+        ends = (tokens == self._ends[0]) if self._ends.size == 1 else np.isin(tokens, self._ends)
+        happens = ends | (tokens == self.tokens.fork) | exhausted | (length >= table.limit[slots])
+        happens |= requests.stop_tokens[owners]
+        branches = table.branches
+        report.branches = [branches[slot] for slot in slots.tolist()]
+        report.tokens = tokens.tolist()
+        dropped = [branch for slot in surplus if (branch := branches[slot]) is not None]
+        self._book_events(report, np.flatnonzero(happens).tolist(), ends)
+        for branch in dropped:
+            self._end(report, branch, "length")
+        return report
+
+    def _book_events(self, report: StepReport, rows: list[int], ends: BoolArray) -> None:
+        """Handle rows whose token forked, ended a branch, or met a limit."""
+        table, remaining = self.table, self.requests.remaining
+        for i in rows:
+            branch, token = report.branches[i], report.tokens[i]
+            slot, request = branch.slot, branch.request
+            params = request.params
+            if ends[i] or token in params.stop_token_ids:
+                kept = params.include_stop_in_output and not ends[i]
+                self._end(report, branch, "stop", drop_last=not kept)
+            elif remaining[request.index] <= 0 or table.length[slot] >= table.limit[slot]:
+                self._end(report, branch, "length")
+            elif token == self.tokens.fork:
+                report.forked.append(self.lifecycle.fork(branch))
+
+    def _within_budget(self, groups: RowGroups) -> BoolArray:
+        """Rows whose token still fits `max_tokens`: of a request's rows the first ones, by branch id.
+
+        Takes the tokens that do not fit back out of the requests' counts.
+        """
+        requests, owners = self.requests, groups.owners
+        surplus = np.maximum(-requests.remaining[owners], 0)
+        requests.remaining[owners] += surplus
+        kept: BoolArray = groups.rank() < np.repeat(groups.sizes - surplus, groups.sizes)
+        return kept
+
+    def _fail_rows(self, report: StepReport, slots: IntArray, failed: Sequence[int]) -> BoolArray:
+        """End the requests of rows with unusable logits; returns which rows go on."""
+        requests = self.table.request[slots]
+        hit = np.unique(requests[list(failed)])
+        for index in hit.tolist():
+            request = self.requests.at(index)
+            report.ended += request.live
+            report.finished.append(request)
+            self.lifecycle.fail(request, "the model's logits are not finite; check the checkpoint and its quantisation")
+        kept: BoolArray = ~np.isin(requests, hit)
+        return kept
+
+    def _end(self, report: StepReport, branch: Branch, reason: FinishReason, drop_last: bool = False) -> None:
+        report.ended.append(branch)
+        if self.lifecycle.finish_branch(branch, reason, drop_last):
+            report.finished.append(branch.request)
