@@ -45,3 +45,7 @@ class CapacityError(RequestError):
 
 class EngineStoppedError(AparError):
     """The engine's loop has stopped, so the request cannot be served."""
+
+
+class ServingError(AparError):
+    """The server cannot be found, installed, started or reached."""

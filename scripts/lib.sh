@@ -103,6 +103,12 @@ install_apar() {
     say "note: built without the native kernels; for the reason run: rm -r ${venv##*/} && pip install -v ."
 }
 
+# NVIDIA's Triton server from its wheel, in an environment of its own (.venv-triton). Quick where it is there already;
+# fails with a sentence where it cannot be had.
+install_triton() {
+  "$venv_python" -m apar.runtime.serving.install_triton "$root/.venv-triton"
+}
+
 # Two runs at a time must not build in the same folder.
 lock_build() {
   mkdir -p build

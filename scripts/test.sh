@@ -25,6 +25,9 @@ if [ -n "$venv_fresh" ]; then
   seal_venv
 fi
 install_apar "$(digest_of plugins pyproject.toml)" --no-deps -e .
+if [ "$(uname -sm)" = "Linux x86_64" ] && [ -z "${APAR_TRITONSERVER:-}" ]; then
+  install_triton # without a server the serving tests would be skipped
+fi
 unlock_build
 
 lint=passed
