@@ -41,8 +41,9 @@ class Answer:
         self.listens = listens
         self.follows = listens or bool(params.stop)
         """Whether every token has to be looked at when it comes."""
-        self.created = perf_counter()
         self.first_token = 0.0
+        """When the first token came, by the engine's clock, as is `ended`; 0 before."""
+        self.ended = 0.0
         self._tokenizer = tokenizer
         self._stops = StopStrings(params.stop, params.include_stop_in_output) if params.stop else None
         self._texts: dict[Branch, BranchText] = {}
@@ -81,8 +82,8 @@ class Answer:
 
     def output(self) -> RequestOutput:
         """The result of a finished request."""
-        now = perf_counter()
         request = self.request
+        arrived, now = request.arrived, self.ended or perf_counter()
         branches = [self._branch_output(branch) for branch in request.branches]
         started = request.started_at or now
         return RequestOutput(
@@ -92,9 +93,9 @@ class Answer:
             finish_reason=request.finish_reason or "error",
             usage=Usage(len(request.prompt), request.sampled, request.cached_tokens),
             timing=Timing(
-                queued=started - self.created,
-                time_to_first_token=(self.first_token or now) - self.created,
-                total=now - self.created,
+                queued=started - arrived,
+                time_to_first_token=(self.first_token or now) - arrived,
+                total=now - arrived,
                 steps=request.steps,
                 preemptions=request.preemptions,
             ),

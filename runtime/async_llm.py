@@ -55,18 +55,34 @@ class AsyncLLM:
         *,
         request_id: str | None = None,
         priority: int = 0,
+        timeout: float | None = None,
         chat: bool = True,
     ) -> AsyncIterator[BranchEvent | RequestOutput]:
         """Events of one answer as they come; the last item is the result.
 
+        Args:
+            prompt: a text, token ids, or chat messages.
+            params: how to sample, and the request's own limits.
+            request_id: one that no running request has.
+            priority: a lower one goes first.
+            timeout: seconds from this call after which the answer ends as it is, with `finish_reason` "deadline".
+            chat: put a text prompt into the chat template; False continues it as it stands.
+
         Raises RequestError if the request is not acceptable, EngineStoppedError if the engine has stopped.
         """
+        arrived = self._text.engine.clock()
         listener = _Listener(asyncio.get_running_loop())
         token_ids = self._text.encode(prompt, chat)
 
         def submit() -> str:
             answer = self._text.submit(
-                token_ids, params or SamplingParams(), request_id=request_id, listens=True, priority=priority
+                token_ids,
+                params or SamplingParams(),
+                request_id=request_id,
+                listens=True,
+                priority=priority,
+                arrived=arrived,
+                timeout=timeout,
             )
             self._listeners[answer.request.request_id] = listener
             return answer.request.request_id

@@ -23,7 +23,7 @@ BoolArray = npt.NDArray[np.bool_]
 
 @dataclass(slots=True)
 class StepReport:
-    """What one commit changed, for those who turn it into text and events."""
+    """What changed in a step or between two, for those who turn it into text and events."""
 
     step: int
     branches: list[Branch] = field(default_factory=list)

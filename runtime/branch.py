@@ -68,6 +68,10 @@ class Request:
     arrival: int
     """Order of arrival; the scheduler's queue is sorted by (priority, arrival)."""
     priority: int = 0
+    arrived: float = 0.0
+    """When it arrived, in seconds of the engine's clock."""
+    deadline: float | None = None
+    """When it is ended if it still runs, in seconds of the engine's clock."""
     state: RequestState = RequestState.WAITING
     index: int = -1
     """Row of the scheduler's per-request arrays while admitted."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import count
 
+from apar.export.errors import RequestError
 from apar.runtime.booking import StepReport
 from apar.runtime.branch import Request
 from apar.runtime.executor.base import Executor
@@ -29,12 +31,20 @@ class Engine:
     Args:
         executor: a loaded executor; the engine closes it.
         limits: sizes of the scheduler.
+        clock: seconds, never going back; deadlines are counted by it.
     """
 
-    def __init__(self, executor: Executor, limits: SchedulerLimits | None = None) -> None:
+    def __init__(
+        self,
+        executor: Executor,
+        limits: SchedulerLimits | None = None,
+        *,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         limits = limits or SchedulerLimits()
         manifest = executor.manifest
         self.executor = executor
+        self.clock = clock
         self.cache = KVCache(executor.num_blocks, manifest.block_size, limits.prefix_caching)
         self.sampler = Sampler(manifest.decoder.vocab_size, manifest.tokens, limits.max_live_branches)
         self.scheduler = Scheduler(manifest.tokens, manifest.decoder.max_context, self.cache, self.sampler, limits)
@@ -44,19 +54,66 @@ class Engine:
         self.sample_seconds = 0.0
         self._arrivals = count()
 
-    def submit(self, request_id: str, prompt: Sequence[int], params: SamplingParams, priority: int = 0) -> Request:
-        """Queue a tokenised prompt. Raises RequestError (or CapacityError) if it is not acceptable."""
+    def submit(
+        self,
+        request_id: str,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        priority: int = 0,
+        *,
+        arrived: float | None = None,
+        timeout: float | None = None,
+    ) -> Request:
+        """Queue a tokenised prompt.
+
+        Args:
+            request_id: for people and logs.
+            prompt: token ids.
+            params: how to sample, and the request's own limits.
+            priority: a lower one goes first.
+            arrived: when it arrived, by the engine's clock; now unless given.
+            timeout: seconds from its arrival after which it ends with `deadline`, in whatever state it is.
+
+        Raises RequestError (or CapacityError) if it is not acceptable.
+        """
+        given: object = timeout  # callers without a type checker pass anything
+        if given is not None and not (isinstance(given, int | float) and 0 < given < math.inf):
+            raise RequestError(f"timeout must be a number of seconds above 0, not {timeout!r}")
+        arrived = self.clock() if arrived is None else arrived
         seed = fresh_seed() if params.seed is None else params.seed
         prepared = self.sampler.prepare(params)
-        request = Request(request_id, prompt, params, seed, prepared, next(self._arrivals), priority)
+        request = Request(
+            request_id,
+            prompt,
+            params,
+            seed,
+            prepared,
+            arrival=next(self._arrivals),
+            priority=priority,
+            arrived=arrived,
+            deadline=None if timeout is None else arrived + timeout,
+        )
         self.scheduler.add(request)
         return request
 
     def step(self) -> StepReport | None:
-        """Run one step; None if there was nothing to do.
+        """End requests whose deadline has passed, then run one step; None if there was nothing to do.
 
         A step that raises ends the requests in it with an error; the engine goes on.
         """
+        expired = self.scheduler.expire(self.clock())
+        report = self._run_step()
+        if expired is None or report is None:
+            return report or expired
+        report.ended = expired.ended + report.ended
+        report.finished = expired.finished + report.finished
+        return report
+
+    def close(self) -> None:
+        """Free the executor. Idempotent."""
+        self.executor.close()
+
+    def _run_step(self) -> StepReport | None:
         started = time.perf_counter()
         step = self.scheduler.schedule()
         if step is None:
@@ -78,10 +135,6 @@ class Engine:
         report = self.scheduler.commit(step, sampled.tokens, sampled.failed)
         self.host_seconds += time.perf_counter() - done
         return report
-
-    def close(self) -> None:
-        """Free the executor. Idempotent."""
-        self.executor.close()
 
     def _sample(self, step: Step, logits: Float32Array) -> SampleResult:
         table = self.scheduler.table

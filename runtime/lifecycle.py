@@ -170,7 +170,7 @@ class Lifecycle:
 
     def _finish_request(self, request: Request, last_reason: FinishReason) -> None:
         reasons = [branch.finish_reason for branch in request.branches]
-        worst: list[FinishReason] = ["error", "cancelled", "length"]
+        worst: list[FinishReason] = ["error", "cancelled", "deadline", "length"]
         request.finish_reason = next((r for r in worst if r in reasons), request.root.finish_reason or last_reason)
         self.queues.leave(request)
         self.catching.drop(request)

@@ -75,6 +75,7 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         chat: bool = True,
+        timeout: float | None = None,
         on_event: Callable[[BranchEvent], None] | None = None,
     ) -> list[RequestOutput]:
         """Answer one prompt or many; all of them decode together.
@@ -83,12 +84,13 @@ class LLM:
             prompts: one prompt or a list of prompts. A prompt is a text, token ids, or chat messages.
             params: for all prompts, or one for each.
             chat: put a text prompt into the chat template; False continues it as it stands.
+            timeout: seconds after which answers that still run end as they are, with `finish_reason` "deadline".
             on_event: called with every branch event while decoding.
 
         Returns one result for each prompt, in order; one whose steps failed has `finish_reason` "error".
         Raises RequestError if a prompt or its parameters are not acceptable; nothing has run then.
         """
-        answers = self._submit_all(prompts, params, chat, listens=on_event is not None)
+        answers = self._submit_all(prompts, params, chat, timeout, listens=on_event is not None)
         try:
             while not self._text.idle:
                 for answer in self._text.step():
@@ -101,13 +103,19 @@ class LLM:
         return [answer.output() for answer in answers]
 
     def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, chat: bool = True
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        chat: bool = True,
+        timeout: float | None = None,
     ) -> Iterator[BranchEvent | RequestOutput]:
         """Answer one prompt, event by event; the last item is the result. Closing the iterator cancels.
+        Arguments as for `generate`.
 
         Raises RequestError at the call, not at the first item.
         """
-        answers = self._submit_all([prompt], params, chat, listens=True)
+        answers = self._submit_all([prompt], params, chat, timeout, listens=True)
         return self._stream(answers)
 
     def _stream(self, answers: list[Answer]) -> Iterator[BranchEvent | RequestOutput]:
@@ -140,6 +148,7 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None,
         chat: bool,
+        timeout: float | None,
         listens: bool,
     ) -> list[Answer]:
         batch = as_batch(prompts)
@@ -152,10 +161,12 @@ class LLM:
                     f"{len(batch)} prompts came with {len(each)} sets of parameters; give one or as many"
                 )
         answers: list[Answer] = []
+        arrived = self._text.engine.clock()
         try:
             for i, (prompt, own) in enumerate(zip(batch, each, strict=True)):
                 with _naming_prompt(i, len(batch)):
-                    answers.append(self._text.submit(self._text.encode(prompt, chat), own, listens=listens))
+                    ids = self._text.encode(prompt, chat)
+                    answers.append(self._text.submit(ids, own, listens=listens, arrived=arrived, timeout=timeout))
         except BaseException:
             self._abandon(answers)
             raise

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-FinishReason = Literal["stop", "stop_string", "length", "cancelled", "error"]
+FinishReason = Literal["stop", "stop_string", "length", "deadline", "cancelled", "error"]
 """Why a branch or request ended: end-of-sequence or a stop token; a stop string; a limit (tokens,
-branch tokens, context); cancelled by the caller; an executor failure."""
+branch tokens, context); its time was up; cancelled by the caller; an executor failure."""
 
 
 @dataclass(slots=True)
@@ -110,7 +110,7 @@ class RequestOutput:
     """The tree in reading order, by the rule of docs/decoding.md."""
     branches: list[BranchOutput]
     finish_reason: FinishReason
-    """The root's reason, or `length`/`cancelled`/`error` if that ended any branch."""
+    """The root's reason, or `length`/`deadline`/`cancelled`/`error` if that ended any branch."""
     usage: Usage
     timing: Timing
     peak_kv_blocks: int

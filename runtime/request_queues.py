@@ -8,6 +8,7 @@ import numpy as np
 
 from apar.runtime.branch import Request, RequestState
 from apar.runtime.branch_table import BranchTable
+from apar.runtime.deadlines import Deadlines
 from apar.runtime.row_groups import RowGroups
 from apar.runtime.step import IntArray
 
@@ -23,10 +24,16 @@ class RequestQueues:
         self.table = table
         self.waiting: list[Request] = []
         """New requests and preempted ones."""
+        self.deadlines = Deadlines()
         self.running: list[Request] = []
         self._rows: IntArray = np.zeros(0, dtype=np.int64)
         self._groups = RowGroups.of(self._rows)
         self._stale = False
+
+    def enter(self, request: Request) -> None:
+        """Queue a new request."""
+        self.deadlines.add(request)
+        self.wait(request)
 
     def wait(self, request: Request) -> None:
         """Queue a request at its place; it leaves the running ones if it was there."""
@@ -45,6 +52,7 @@ class RequestQueues:
 
     def leave(self, request: Request) -> None:
         """Take a request out for good."""
+        self.deadlines.discard(request)
         (self.running if request.state is RequestState.RUNNING else self.waiting).remove(request)
         request.state = RequestState.FINISHED
         self._stale = True

@@ -87,11 +87,26 @@ class Scheduler:
                 f"the prompt has {length} tokens; this engine's context holds {self.max_context} and an answer "
                 "needs at least one: shorten the prompt, or give the engine a larger KV pool or context"
             )
-        self.queues.wait(request)
+        self.queues.enter(request)
 
     def cancel(self, request: Request, reason: FinishReason = "cancelled", error: str | None = None) -> None:
         """End a request in whatever state it is; its blocks and slots are free when this returns."""
         self._lifecycle.cancel(request, reason, error)
+
+    def expire(self, now: float) -> StepReport | None:
+        """End the requests whose deadline has passed, with all their branches; None if there are none.
+
+        To be called between two steps. `now` is the engine's clock, in seconds.
+        """
+        requests = self.queues.deadlines.passed(now)
+        if not requests:
+            return None
+        report = StepReport(self.step_index)
+        for request in requests:
+            report.ended += request.live
+            report.finished.append(request)
+            self._lifecycle.cancel(request, "deadline")
+        return report
 
     def finish_branch(self, branch: Branch, reason: FinishReason) -> bool:
         """End one branch between two steps; returns whether that ended its request."""

@@ -66,15 +66,20 @@ class TextEngine:
         request_id: str | None = None,
         listens: bool = False,
         priority: int = 0,
+        arrived: float | None = None,
+        timeout: float | None = None,
     ) -> Answer:
-        """Queue a tokenised prompt. Raises RequestError if it is not acceptable or its id is in use."""
+        """Queue a tokenised prompt; arguments as for `Engine.submit`. `listens`: whether events are wanted.
+
+        Raises RequestError if it is not acceptable or its id is in use.
+        """
         if request_id is None:
             request_id = f"request-{next(self._numbers)}"
         if request_id in self._by_id:
             raise RequestError(f"a request with id {request_id!r} is still running; give each request its own id")
         if params.bad_words:
             params = params.with_bad_words(self.tokenizer.encode_text)
-        request = self.engine.submit(request_id, token_ids, params, priority)
+        request = self.engine.submit(request_id, token_ids, params, priority, arrived=arrived, timeout=timeout)
         answer = Answer(request, self.tokenizer, listens)
         self._answers[request] = answer
         self._by_id[request_id] = answer
@@ -153,5 +158,6 @@ class TextEngine:
         return touched
 
     def _retire(self, answer: Answer) -> None:
+        answer.ended = perf_counter()
         del self._answers[answer.request]
         del self._by_id[answer.request.request_id]

@@ -215,6 +215,36 @@ def test_leaving_a_stream_cancels_it(llm: LLM, lists: list[Any]) -> None:
     assert llm.stats()["live_branches"] == 0
 
 
+def test_a_deadline_ends_an_answer_as_it_is(llm: LLM, lists: list[Any]) -> None:
+    """The engine's clock is moved by hand, so that the deadline falls into the middle of the answer."""
+    whole = llm.generate(lists[0], PARAMS)[0]
+    engine, started = llm._text.engine, 1000.0
+    real, now = engine.clock, [started]
+    engine.clock = lambda: now[0]
+    try:
+        events: list[BranchEvent] = []
+        for item in llm.stream(lists[0], PARAMS, timeout=30.0):
+            if isinstance(item, RequestOutput):
+                break
+            events.append(item)
+            now[0] += 0.5
+    finally:
+        engine.clock = real
+    assert item.finish_reason == "deadline"
+    assert 0 < item.usage.completion_tokens < whole.usage.completion_tokens
+    assert whole.branches[0].token_ids[: len(item.branches[0].token_ids)] == item.branches[0].token_ids
+    ends = [e.reason for e in events if isinstance(e, FinishEvent)]
+    assert len(ends) == len(item.branches) and "deadline" in ends
+    assert llm.stats()["live_branches"] == llm.stats()["kv_blocks_used"] == 0
+
+
+def test_a_deadline_before_the_first_step(llm: LLM, lists: list[Any]) -> None:
+    for answer in llm.generate(lists, PARAMS, timeout=1e-9):
+        assert (answer.finish_reason, answer.text, answer.branches) == ("deadline", "", [])
+    with pytest.raises(RequestError, match="timeout must be"):
+        llm.generate(lists, PARAMS, timeout=0)
+
+
 def test_an_exception_in_the_callback_leaves_a_clean_engine(llm: LLM, lists: list[Any]) -> None:
     def explode(event: BranchEvent) -> None:
         if isinstance(event, ForkEvent):
@@ -317,6 +347,16 @@ class TestAsync:
             assert not await model.cancel("nobody")
             with pytest.raises(asyncio.CancelledError):
                 await killed
+
+        self.run(tiny_engine, scenario)
+
+    def test_deadlines(self, tiny_engine: Path, lists: list[Any]) -> None:
+        async def scenario(model: AsyncLLM) -> None:
+            late, good = await asyncio.gather(
+                model.generate(lists[0], PARAMS, timeout=1e-9), model.generate(lists[1], PARAMS, timeout=3600)
+            )
+            assert (late.finish_reason, late.text) == ("deadline", "")
+            assert good.finish_reason == "stop"
 
         self.run(tiny_engine, scenario)
 

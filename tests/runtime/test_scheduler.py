@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from path_executor import CHILD, EOS, FORK, PathExecutor, PlainBranch, count_branches, reference_tree, shape
 
-from apar.export.errors import CapacityError
+from apar.export.errors import CapacityError, RequestError
 from apar.runtime.branch import Branch, Request
 from apar.runtime.engine import Engine
 from apar.runtime.limits import SchedulerLimits
@@ -206,15 +206,27 @@ def test_long_paths_are_forked_without_deep_copies() -> None:
     assert request.peak_blocks <= -(-1500 // 16) + 2 * (forks + 1) + request.sampled // 16
 
 
+class Clock:
+    """A clock for engines, moved by hand."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize("how", ["cancelled", "deadline"])
 @pytest.mark.parametrize("moment", ["waiting", "prefilling", "decoding", "newborn", "preempted"])
-def test_cancellation_frees_everything_at_once(moment: str) -> None:
+def test_cancellation_frees_everything_at_once(moment: str, how: str) -> None:
     """Includes a defect of the reference: cancellation between a fork and its forced token."""
     limits = SchedulerLimits(max_rows=8, max_step_tokens=16, max_live_branches=64)
-    engine = make(limits=limits)
+    clock = Clock()
+    engine = Engine(PathExecutor(512, 4, 96), limits, clock=clock)
     scheduler = engine.scheduler
     other = engine.submit("other", [3, 4, 5], dataclasses.replace(LONG, fork=False))
-    victim = engine.submit("victim", forking_prompt(6, length=51), LONG)
-    cancelled = False
+    victim = engine.submit("victim", forking_prompt(6, length=51), LONG, timeout=100.0)
+    reached = False
     for _ in range(500):
         state = "waiting" if not victim.branches else "prefilling"
         if victim.live:
@@ -227,17 +239,70 @@ def test_cancellation_frees_everything_at_once(moment: str) -> None:
             state = "preempted"
         if state == moment:
             before = scheduler.cache.num_referenced
-            scheduler.cancel(victim)
-            assert victim.finish_reason == "cancelled"
+            live = list(victim.live)
+            if how == "cancelled":
+                scheduler.cancel(victim)
+            else:
+                clock.now = 99.9
+                assert scheduler.expire(clock.now) is None
+                clock.now = 100.0
+                report = scheduler.expire(clock.now)
+                assert report is not None and report.finished == [victim] and report.ended == live
+            assert victim.finish_reason == how
             assert all(b.slot == -1 for b in victim.branches)
             assert scheduler.cache.num_referenced <= before
             scheduler.check()
-            cancelled = True
+            reached = True
             break
         engine.step()
-    assert cancelled, f"the victim was never {moment}"
+    assert reached, f"the victim was never {moment}"
     run(engine)
+    assert scheduler.expire(1e9) is None
     assert shape(other.root) == shape(reference_tree([3, 4, 5], dataclasses.replace(LONG, fork=False), 96))
+
+
+def test_a_deadline_ends_a_request_with_parked_branches() -> None:
+    clock = Clock()
+    engine = Engine(PathExecutor(24, 4, 96), LIMITS, clock=clock)
+    request = engine.submit("0", forking_prompt(8, length=9), LONG, timeout=5.0)
+    while not any(branch.parked for branch in request.live):
+        assert engine.step() is not None, "no branch was ever parked"
+    clock.now = 6.0
+    live = list(request.live)
+    report = engine.step()
+    assert report is not None and report.ended == live and report.finished == [request]
+    assert request.finish_reason == "deadline"
+    assert engine.scheduler.idle and engine.cache.num_referenced == 0
+    engine.scheduler.check()
+
+
+def test_deadlines_end_requests_one_by_one() -> None:
+    """A step reports who expired before it and goes on with the others; who finished in time is not reported again."""
+    clock = Clock()
+    engine = Engine(PathExecutor(512, 4, 96), LIMITS, clock=clock)
+    plain = dataclasses.replace(LONG, fork=False)
+    texts = prompts(8, seed=2)
+    requests = [engine.submit(str(i), t, plain, arrived=float(-i), timeout=20.0) for i, t in enumerate(texts)]
+    late = engine.submit("late", [3, 4, 5], dataclasses.replace(plain, max_branch_tokens=90), arrived=-90.0, timeout=91)
+    finished = []
+    for _ in range(12):
+        report = engine.step()
+        assert report is not None
+        finished += report.finished
+        clock.now += 1.5
+    assert [r.finish_reason for r in finished].count("deadline") >= 1
+    run(engine)
+    assert len(set(finished)) == len(finished)
+    assert late.finish_reason == "deadline"
+    for request, text in zip(requests, texts, strict=True):
+        assert_prefix(request.root, reference_tree(text, plain, 96))
+    assert {r.finish_reason for r in requests} <= {"deadline", "stop", "length"}
+
+
+@pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), "soon"])
+def test_timeouts_are_checked(timeout: float) -> None:
+    with pytest.raises(RequestError, match="timeout must be a number of seconds above 0"):
+        make().submit("0", [3], LONG, timeout=timeout)
 
 
 def test_empty_detail_is_a_branch_like_any_other() -> None:

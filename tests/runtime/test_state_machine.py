@@ -44,28 +44,36 @@ class BranchesAndBlocks(RuleBasedStateMachine):
             max_rows=rows, max_step_tokens=2 * rows + 5, max_live_branches=3 * rows + 20, prefix_caching=caching
         )
         self.executor = PathExecutor(CONTEXT // block_size + spare, block_size, CONTEXT)
-        self.engine = Engine(self.executor, limits)
+        self.now = 0.0
+        self.engine = Engine(self.executor, limits, clock=lambda: self.now)
         # Limits that depend on what else is live would make a tree depend on the schedule: keep them out of reach.
         self.params = SamplingParams(max_tokens=100_000, max_depth=2, max_branch_tokens=24)
         self.plain = SamplingParams(max_tokens=100_000, fork=False, max_branch_tokens=24)
         self.may_fork = rows == 40
 
     @rule(
-        head=st.sampled_from(HEADS), keep=st.integers(0, 20), tail=st.lists(st.integers(3, 19), min_size=1, max_size=9)
+        head=st.sampled_from(HEADS),
+        keep=st.integers(0, 20),
+        tail=st.lists(st.integers(3, 19), min_size=1, max_size=9),
+        timeout=st.none() | st.integers(1, 60),
     )
-    def add(self, head: list[int], keep: int, tail: list[int]) -> None:
+    def add(self, head: list[int], keep: int, tail: list[int], timeout: int | None) -> None:
         prompt = head[:keep] + tail
         params = self.params if self.may_fork else self.plain
-        request = self.engine.submit(f"r{len(self.requests)}", prompt, params)
+        request = self.engine.submit(f"r{len(self.requests)}", prompt, params, timeout=timeout)
         self.requests.append((request, prompt))
         self.operations += 1
 
     @rule(count=st.integers(1, 25))
     def step(self, count: int) -> None:
         for _ in range(count):
+            self.now += 1.0
             if self.engine.step() is None:
                 assert self.engine.scheduler.idle
             self.engine.scheduler.check()
+            for request, _ in self.requests:
+                late = request.deadline is not None and request.deadline <= self.now
+                assert not late or request.state is RequestState.FINISHED
             self.operations += 1
 
     @rule()
@@ -121,7 +129,9 @@ class BranchesAndBlocks(RuleBasedStateMachine):
         assert self.engine.scheduler.table.num_free == self.engine.scheduler.table.capacity
         params = self.params if self.may_fork else self.plain
         for request, prompt in self.requests:
-            disturbed = any(b.finish_reason in ("error", "cancelled", "stop_string") for b in request.branches)
+            disturbed = any(
+                b.finish_reason in ("error", "cancelled", "deadline", "stop_string") for b in request.branches
+            )
             if disturbed or not request.branches:
                 continue
             assert shape(request.root) == shape(
@@ -158,7 +168,8 @@ def test_a_million_operations() -> None:
             choice = random.random()
             if choice < 0.25 and len(scheduler.waiting) < 20:
                 head = HEADS[int(random.integers(3))][: int(random.integers(21))]
-                machine.add(head, 20, random.integers(3, 20, size=int(random.integers(1, 10))).tolist())
+                tail = random.integers(3, 20, size=int(random.integers(1, 10))).tolist()
+                machine.add(head, 20, tail, int(random.integers(1, 61)) if random.random() < 0.3 else None)
             elif choice < 0.9:
                 machine.step(int(random.integers(1, 26)))
             elif choice < 0.92:
