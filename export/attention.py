@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,6 +14,12 @@ from apar.export.manifest import ABI_VERSION, DecoderConfig
 
 DOMAIN = "apar"
 OP = "ForkAttention"
+ELEMENT_KINDS = {
+    "float32": TensorProto.FLOAT,
+    "float16": TensorProto.FLOAT16,
+    "bfloat16": TensorProto.BFLOAT16,
+}
+"""Element types by the names that options and the manifest use."""
 _INPUTS = (
     "position_ids",
     "query_start",
@@ -30,11 +37,17 @@ class ForkAttention:
     """The `apar::ForkAttention` node: RoPE, the K/V write and paged attention in one operator."""
 
     opsets: Mapping[str, int] = {DOMAIN: 1}
+    mask_rows = "T"
+    """Name of tree_mask's first dimension."""
+    pools_in_graph = True
+    """The graph takes and returns the pools; otherwise whoever runs the node knows them."""
 
-    def __init__(self, block_size: int, kv_dtype: str) -> None:
+    def __init__(self, block_size: int, kv_dtype: str, value_dtype: str = "float32") -> None:
+        """`kv_dtype` is the pools' element type, `value_dtype` that of qkv and of the result."""
         register_schema()
         self._block_size = block_size
-        self._kind = TensorProto.FLOAT16 if kv_dtype == "float16" else TensorProto.FLOAT
+        self._kind = ELEMENT_KINDS[kv_dtype]
+        self._value_dtype = value_dtype
 
     def inputs(self, config: DecoderConfig) -> list[onnx.ValueInfoProto]:
         """The step contract (docs/step-contract.md)."""
@@ -47,17 +60,18 @@ class ForkAttention:
             "slot_copies": ("C", 2),
             "prefix_rows": ("G_plus_1",),
             "prefix_blocks": ("G",),
-            "tree_mask": ("T", "W"),
+            "tree_mask": (self.mask_rows, "W"),
         }
         step = [tensor(name, TensorProto.INT32, *shapes[name]) for name in _INPUTS]
-        return [*step, *pools("past_kv", config, self._kind, *self._pool(config))]
+        return [*step, *self._pools("past_kv", config)]
 
     def outputs(self, config: DecoderConfig) -> list[onnx.ValueInfoProto]:
         """The pools again: bind each to its input's memory."""
-        return list(pools("present_kv", config, self._kind, *self._pool(config)))
+        return self._pools("present_kv", config)
 
-    def _pool(self, config: DecoderConfig) -> tuple[int | str, ...]:
-        return (2, "B", config.num_kv_heads, self._block_size, config.head_dim)
+    def _pools(self, prefix: str, config: DecoderConfig) -> list[onnx.ValueInfoProto]:
+        shape = (2, "B", config.num_kv_heads, self._block_size, config.head_dim)
+        return list(pools(prefix, config, self._kind, *shape)) if self.pools_in_graph else []
 
     def prepare(self, graph: Graph) -> None:
         """Nothing: the host plans the step, the node reads the plan."""
@@ -65,10 +79,15 @@ class ForkAttention:
     def emit(self, graph: Graph, layer: int, qkv: str) -> str:
         """One node."""
         config, output = graph.config, f"layers.{layer}.attention"
+        kind = ELEMENT_KINDS[self._value_dtype]
         node = onnx.helper.make_node(
             OP,
-            [qkv, f"past_kv_{layer}", *_INPUTS],
-            [output, f"present_kv_{layer}"],
+            [
+                graph.cast(qkv, kind, f"{qkv}.{self._value_dtype}"),
+                *([f"past_kv_{layer}"] if self.pools_in_graph else []),
+                *_INPUTS,
+            ],
+            [output, *([f"present_kv_{layer}"] if self.pools_in_graph else [])],
             name=output,
             domain=DOMAIN,
             num_heads=config.num_heads,
@@ -81,9 +100,16 @@ class ForkAttention:
             rope_scale=config.rope_scale,
             plugin_version="1",
             plugin_namespace="",
+            **self.more_attributes(layer),
         )
         graph.nodes.append(node)
+        if kind != TensorProto.FLOAT:
+            graph.kinds[output] = kind
         return output
+
+    def more_attributes(self, layer: int) -> dict[str, Any]:
+        """Attributes beside those of the contract."""
+        return {}
 
 
 class TreeMaskAttention:
@@ -180,11 +206,15 @@ def register_schema() -> None:
     if defs.has(OP, 1, DOMAIN):
         return
     parameter, attribute = defs.OpSchema.FormalParameter, defs.OpSchema.Attribute
+    # A node whose pools are bound elsewhere has one input and one output less, which a schema says of the last ones.
+    optional = defs.OpSchema.FormalParameterOption.Optional
     kind = defs.OpSchema.AttrType
     required = {"num_heads": kind.INT, "num_kv_heads": kind.INT, "head_dim": kind.INT, "block_size": kind.INT}
     required |= {"abi_version": kind.INT, "scale": kind.FLOAT, "rope_inv_freq": kind.FLOATS}
     attributes = [attribute(name, attr_type, "", required=True) for name, attr_type in required.items()]
     attributes.append(attribute("rope_scale", onnx.helper.make_attribute("rope_scale", 1.0), ""))
+    plugin = ("kv_binding", "engine_id", "layer")  # of TensorRT's plugin alone (typed_graph.py)
+    attributes += [attribute(name, onnx.helper.make_attribute(name, 0), "") for name in plugin]
     attributes.append(attribute("plugin_version", onnx.helper.make_attribute("plugin_version", "1"), ""))
     attributes.append(attribute("plugin_namespace", onnx.helper.make_attribute("plugin_namespace", ""), ""))
     defs.register_schema(
@@ -196,11 +226,12 @@ def register_schema() -> None:
             inputs=[
                 parameter("qkv", "T", "[T, (H + 2K) * D], before RoPE"),
                 parameter("past_kv", "P", "[2, B, K, block_size, D]"),
-                *(parameter(name, "tensor(int32)", "step contract") for name in _INPUTS),
+                *(parameter(name, "tensor(int32)", "step contract") for name in _INPUTS[:-1]),
+                parameter(_INPUTS[-1], "tensor(int32)", "step contract", param_option=optional),
             ],
             outputs=[
                 parameter("attention", "T", "[T, H * D]"),
-                parameter("present_kv", "P", "past_kv, written in place"),
+                parameter("present_kv", "P", "past_kv, written in place", param_option=optional),
             ],
             type_constraints=[
                 ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], ""),

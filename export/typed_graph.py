@@ -1,0 +1,152 @@
+"""The decoder for a strongly typed runtime (TensorRT): every value's element type is final in the graph.
+
+Matrices and the attention node are in the engine's dtype, with explicit casts around them; the residual stream, the
+norms, the gate and the logits are float32, so that only matrix products round. Operators are those of opset 19, which
+every TensorRT 10 parses. With a Shard of several ranks, the graph is one rank's and holds the collectives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto
+
+from apar.export.attention import DOMAIN, ELEMENT_KINDS, ForkAttention
+from apar.export.decoder import Graph
+from apar.export.errors import BuildError
+from apar.export.sharding import ROW_PARALLEL, Shard
+
+OPSET = 19
+KV_BINDINGS = ("in-place", "aliased", "bound")
+"""How the plugin gets at the pools: as a network input and output of one address whose alias is not declared to
+TensorRT (in-place) or is (aliased), or by addresses that the executor gives the plugin's library (bound), for a
+TensorRT that copies pools."""
+PLUGIN_VERSION = "1"
+PLUGIN_NAMESPACE = ""
+
+
+class PlainNorm:
+    """RMSNorm in plain arithmetic; RMSNormalization is opset 23's."""
+
+    opsets: Mapping[str, int] = {"": OPSET}
+
+    def emit(self, graph: Graph, value: str, scale: str, output: str) -> str:
+        """value / sqrt(mean(value ** 2) + eps) * scale, in float32."""
+        axes = graph.constant("axes.last", np.array([-1], np.int64))
+        epsilon = graph.constant("norm.epsilon", np.array([graph.config.rms_norm_eps], np.float32))
+        square = graph.node("Mul", [value, value], f"{output}.square")
+        mean = graph.node("ReduceMean", [square, axes], f"{output}.mean", keepdims=1)
+        shifted = graph.node("Add", [mean, epsilon], f"{output}.shifted")
+        root = graph.node("Sqrt", [shifted], f"{output}.root")
+        return graph.node("Mul", [graph.node("Div", [value, root], f"{output}.unscaled"), scale], output)
+
+
+class TypedLinear:
+    """Gemm in one element type, and what a rank needs of the others around it."""
+
+    opsets: Mapping[str, int] = {DOMAIN: 1}
+
+    def __init__(self, dtype: str, shard: Shard = Shard()) -> None:  # noqa: B008 - immutable
+        self._dtype = dtype
+        self._shard = shard
+
+    def emit(self, graph: Graph, value: str, weight: str, bias: str | None, output: str) -> str:
+        """Append value [T, in] @ weight [out, in]^T + bias -> [T, out], in the engine's dtype."""
+        kind = ELEMENT_KINDS[self._dtype]
+        narrow = graph.cast(value, kind, f"{value}.{self._dtype}")
+        name = output if kind == TensorProto.FLOAT else f"{output}.{self._dtype}"
+        part = weight.removesuffix(".weight").rpartition(".")[2]
+        operands = [narrow, graph.plain(weight)]
+        if self._shard.size > 1 and part in ROW_PARALLEL:
+            result = self._sum_over_ranks(graph, operands, bias, name)
+        elif self._shard.size > 1 and part == "lm_head":
+            result = self._gather_vocabulary(graph, operands, name)
+        else:
+            result = graph.node("Gemm", [*operands, *([graph.plain(bias)] if bias else [])], name, transB=1)
+        if kind != TensorProto.FLOAT:
+            graph.kinds[result] = kind
+        return result
+
+    def _sum_over_ranks(self, graph: Graph, operands: list[str], bias: str | None, name: str) -> str:
+        """The bias is added once, after the sum."""
+        partial = graph.node("Gemm", operands, f"{name}.partial", transB=1)
+        total = self._collective(graph, "AllReduce", partial, f"{name}.sum" if bias else name)
+        return graph.node("Add", [total, graph.plain(bias)], name) if bias else total
+
+    def _gather_vocabulary(self, graph: Graph, operands: list[str], name: str) -> str:
+        """[L, rows] of each rank -> [ranks, L, rows] -> [L, ranks * rows] -> [L, vocab]."""
+        partial = graph.node("Gemm", operands, f"{name}.partial", transB=1)
+        ranks = self._collective(graph, "AllGather", partial, f"{name}.ranks")
+        swapped = graph.node("Transpose", [ranks], f"{name}.swapped", perm=[1, 0, 2])
+        vocab = graph.config.vocab_size
+        padded = self._shard.size * self._shard.vocab_rows(vocab)
+        shape = graph.constant("vocab.shape", np.array([-1, padded], np.int64))
+        if padded == vocab:
+            return graph.node("Reshape", [swapped, shape], name)
+        joined = graph.node("Reshape", [swapped, shape], f"{name}.padded")
+        bounds = [
+            graph.constant(f"vocab.{key}", np.array([number], np.int64))
+            for key, number in (("begin", 0), ("end", vocab), ("axis", 1))
+        ]
+        return graph.node("Slice", [joined, *bounds], name)
+
+    def _collective(self, graph: Graph, op: str, value: str, output: str) -> str:
+        register_collectives()
+        return graph.node(
+            op,
+            [value],
+            output,
+            domain=DOMAIN,
+            ranks=self._shard.size,
+            plugin_version=PLUGIN_VERSION,
+            plugin_namespace=PLUGIN_NAMESPACE,
+        )
+
+
+class TensorRtAttention(ForkAttention):
+    """The node as TensorRT's plugin takes it: everything in the engine's dtype.
+
+    TensorRT has no comfortable empty tensors, so a dimension is never 0: unused slot copies are (-1, -1), unused
+    groups have no rows, and a tree_mask of one row in a step of more tokens says that there is no mask (W = 0).
+    """
+
+    mask_rows = "M"
+
+    def __init__(self, block_size: int, dtype: str, kv_binding: str, engine_id: int = 0) -> None:
+        if kv_binding not in KV_BINDINGS:
+            raise BuildError(f"kv_binding {kv_binding!r} is not one of {', '.join(KV_BINDINGS)}")
+        super().__init__(block_size, dtype, dtype)
+        self.pools_in_graph = kv_binding != "bound"
+        self._binding = KV_BINDINGS.index(kv_binding)
+        self._engine_id = engine_id
+
+    def more_attributes(self, layer: int) -> dict[str, Any]:
+        """`kv_binding` (index of KV_BINDINGS), and what finds the pool where it is bound."""
+        return {"kv_binding": self._binding, "engine_id": self._engine_id, "layer": layer}
+
+
+def register_collectives() -> None:
+    """Make AllReduce and AllGather known to the onnx package, so that its checker accepts graphs that hold them."""
+    schema = onnx.defs.OpSchema
+    for op, shape in (("AllReduce", "as x: the sum over all ranks"), ("AllGather", "[ranks, *x]: every rank's x")):
+        if onnx.defs.has(op, 1, DOMAIN):
+            continue
+        text = (("plugin_version", PLUGIN_VERSION), ("plugin_namespace", PLUGIN_NAMESPACE))
+        onnx.defs.register_schema(
+            schema(
+                op,
+                DOMAIN,
+                1,
+                doc="A collective of the ranks of a tensor-parallel engine.",
+                inputs=[schema.FormalParameter("x", "T", "this rank's part")],
+                outputs=[schema.FormalParameter("y", "T", shape)],
+                type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "")],
+                attributes=[
+                    schema.Attribute("ranks", schema.AttrType.INT, "", required=True),
+                    *(schema.Attribute(name, onnx.helper.make_attribute(name, default), "") for name, default in text),
+                ],
+            )
+        )
