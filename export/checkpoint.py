@@ -12,6 +12,7 @@ from pathlib import Path
 from apar.export.errors import CheckpointError
 from apar.export.llama_config import LlamaConfig, read_config, read_json
 from apar.export.manifest import DecoderConfig
+from apar.export.medusa import MedusaHeads, find_heads, is_head_tensor, read_heads
 from apar.export.tensor_files import FLOAT_TYPES, StoredTensor, read_safetensors
 from apar.export.torch_files import read_torch_file
 
@@ -32,7 +33,8 @@ class Checkpoint:
     directory: Path
     config: LlamaConfig
     tensors: Mapping[str, StoredTensor]
-    """Exactly the tensors that the decoder needs, by their checkpoint names."""
+    """Exactly the tensors that the decoder needs, by their checkpoint names, and those of the heads by ours."""
+    heads: MedusaHeads | None = None
 
     @property
     def decoder(self) -> DecoderConfig:
@@ -40,16 +42,25 @@ class Checkpoint:
         return self.config.decoder
 
     @classmethod
-    def open(cls, directory: Path) -> Checkpoint:
+    def open(cls, directory: Path, draft_heads: Path | str | None = None) -> Checkpoint:
         """Read headers and check every name, shape and type against config.json.
 
+        draft_heads: a directory with Medusa heads for this checkpoint, or "none" to leave out those that ride with it
+            (in its `medusa` folder, or among its tensors as `medusa_heads.*`).
         Raises CheckpointError that names the file, what is wrong with it, and what to do.
         """
         directory = Path(directory)
         if not directory.is_dir():
             raise CheckpointError(f"{directory} is not a directory; give the directory of a checkpoint")
         config = read_config(directory)
-        return cls(directory, config, _select(_find_tensors(directory), config.decoder, directory))
+        found = _find_tensors(directory)
+        inside = {name: found.pop(name) for name in list(found) if is_head_tensor(name)}
+        tensors = _select(found, config.decoder, directory)
+        if draft_heads is None:
+            heads = find_heads(directory, inside, config.decoder)
+        else:
+            heads = None if draft_heads == "none" else read_heads(Path(draft_heads), config.decoder)
+        return cls(directory, config, tensors | dict(heads.tensors) if heads else tensors, heads)
 
 
 def expected_tensors(config: DecoderConfig) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -140,8 +140,13 @@ def build_decoder(
     attention: Attention,
     linear: Linear,
     norm: Norm | None = None,
+    *,
+    hidden_output: bool = False,
 ) -> onnx.ModelProto:
-    """The whole step: input_ids [T] -> logits float32 [L, vocab] of the tokens `logits_rows`."""
+    """The whole step: input_ids [T] -> logits float32 [L, vocab] of the tokens `logits_rows`.
+
+    `hidden_output`: also give `hidden` float32 [L, hidden], what the last matrix multiplies: draft heads read it.
+    """
     norm = norm or RmsNormalization()
     graph = Graph(config, weights)
     embedded = graph.node("Gather", [graph.plain("embed.weight"), "input_ids"], "embed.rows")
@@ -150,12 +155,14 @@ def build_decoder(
     for layer in range(config.num_layers):
         hidden = _layer(graph, layer, hidden, attention, linear, norm)
     wanted = graph.node("Gather", [hidden, "logits_rows"], "wanted.hidden")
-    normed = norm.emit(graph, wanted, graph.plain("norm.weight"), "norm")
+    normed = norm.emit(graph, wanted, graph.plain("norm.weight"), "hidden" if hidden_output else "norm")
     head = "lm_head.weight" if "lm_head.weight" in weights else "embed.weight"
     graph.cast(linear.emit(graph, normed, head, None, "logits"), TensorProto.FLOAT, "logits")
     inputs = [tensor("input_ids", TensorProto.INT32, "T"), *attention.inputs(config)]
     inputs.append(tensor("logits_rows", TensorProto.INT32, "L"))
     outputs = [tensor("logits", TensorProto.FLOAT, "L", config.vocab_size), *attention.outputs(config)]
+    if hidden_output:
+        outputs.append(tensor("hidden", TensorProto.FLOAT, "L", config.hidden_size))
     onnx_graph = helper.make_graph(graph.nodes, "decoder", inputs, outputs, list(graph.initializers.values()))
     opsets = {**norm.opsets, **attention.opsets, **linear.opsets}
     return helper.make_model(

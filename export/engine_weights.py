@@ -12,7 +12,7 @@ import numpy.typing as npt
 import onnx
 
 from apar.export.errors import EngineError
-from apar.export.manifest import GRAPH_NAME, Manifest
+from apar.export.manifest import GRAPH_NAME, HEADS_GRAPH_NAME, Manifest
 from apar.export.quantize import dequantize_rows
 from apar.export.tensor_files import FLOAT_TYPES, to_float32
 
@@ -63,31 +63,42 @@ def read_weights(engine_dir: Path) -> EngineWeights:
     Names: `embed.weight` [vocab, hidden]; for each layer i `layers.{i}.` with `input_norm.weight`,
     `qkv.weight` [(H + 2K) * D, hidden], `o.weight`, `post_norm.weight`, `gate_up.weight` [2 * ffn, hidden],
     `down.weight`, and `.bias` of the projections where the model has them; `norm.weight`;
-    `lm_head.weight` [vocab, hidden] (also where it is tied). Float32 storage is memory-mapped (read-only),
+    `lm_head.weight` [vocab, hidden] (also where it is tied); of Medusa heads `heads.{i}.blocks.{j}.weight` and `.bias`,
+    and `heads.{i}.lm_head.weight` where they have their own. Float32 storage is memory-mapped (read-only),
     other storage is converted or dequantised at each access, so take each weight once.
 
     Raises EngineError if the directory is no engine.
     """
     engine_dir = Path(engine_dir)
     manifest = Manifest.load(engine_dir)
+    entries: dict[str, _Region | _Grouped] = {}
+    name = GRAPH_NAME
     try:
-        graph = onnx.load(engine_dir / GRAPH_NAME, load_external_data=False).graph
-        regions = {tensor.name: _region(engine_dir, tensor) for tensor in graph.initializer if tensor.external_data}
-        entries: dict[str, _Region | _Grouped] = {}
-        for node in graph.node:
-            if node.op_type == "MatMulNBits":
-                attributes = {a.name: a.i for a in node.attribute}
-                entries[node.input[1].removesuffix(".packed")] = _Grouped(
-                    regions.pop(node.input[1]), regions.pop(node.input[2]), attributes["bits"], attributes["K"]
-                )
-        entries |= regions
+        for name in (GRAPH_NAME, HEADS_GRAPH_NAME) if manifest.draft_heads else (GRAPH_NAME,):
+            entries |= _entries(engine_dir, onnx.load(engine_dir / name, load_external_data=False).graph)
     except EngineError:
         raise
     except Exception as error:  # protobuf's decoding errors share no base worth naming
-        raise EngineError(f"{engine_dir / GRAPH_NAME} cannot be read ({error}); build the engine again") from error
+        raise EngineError(f"{engine_dir / name} cannot be read ({error}); build the engine again") from error
     if manifest.decoder.tie_word_embeddings:
         entries.setdefault("lm_head.weight", entries["embed.weight"])
     return EngineWeights(entries)
+
+
+def _entries(engine_dir: Path, graph: onnx.GraphProto) -> dict[str, _Region | _Grouped]:
+    """Where the weights of one graph lie."""
+    regions = {tensor.name: _region(engine_dir, tensor) for tensor in graph.initializer if tensor.external_data}
+    entries: dict[str, _Region | _Grouped] = {}
+    used = set()
+    for node in graph.node:
+        if node.op_type == "MatMulNBits":
+            attributes = {a.name: a.i for a in node.attribute}
+            packed, scales = node.input[1], node.input[2]
+            used |= {packed, scales}
+            entries[packed.removesuffix(".packed")] = _Grouped(
+                regions[packed], regions[scales], attributes["bits"], attributes["K"]
+            )
+    return entries | {name: region for name, region in regions.items() if name not in used}
 
 
 def _region(engine_dir: Path, tensor: onnx.TensorProto) -> _Region:

@@ -4,7 +4,8 @@
       manifest.json         this schema; written last, so a directory without it is no engine
       model.onnx            decoder graph with ForkAttention nodes (domain `apar`)
       model_portable.onnx   the same decoder in standard operators only (tree-mask Attention)
-      model.onnx.data       external data that both graphs share
+      heads.onnx            Medusa heads, where the checkpoint has some
+      model.onnx.data       external data that all graphs share
       tokenizer.json, tokenizer_config.json, ...
 
 The schema is versioned by `format_version`; the contract of the ForkAttention node by `abi_version`.
@@ -25,6 +26,7 @@ ABI_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 GRAPH_NAME = "model.onnx"
 PORTABLE_GRAPH_NAME = "model_portable.onnx"
+HEADS_GRAPH_NAME = "heads.onnx"
 WEIGHTS_NAME = "model.onnx.data"
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -66,6 +68,17 @@ class DecoderConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class DraftHeads:
+    """Medusa heads: head i predicts the token at offset 2 + i from the hidden state after the last norm."""
+
+    count: int
+    blocks: int
+    """Residual blocks (x + SiLU(Linear(x))) of a head."""
+    tied_lm_head: bool = False
+    """The heads end in the model's own lm_head instead of one of their own."""
+
+
+@dataclass(frozen=True, slots=True)
 class TokenIds:
     """Ids that decoding itself must know (APAR's [Fork] is `[SplitMask]`, [Child] is `[SplitSop]`)."""
 
@@ -90,6 +103,8 @@ class Manifest:
     quantize: str = "none"
     group_size: int = 0
     """Input channels that share a scale in quantised matrices; 0 where nothing is quantised."""
+    draft_heads: DraftHeads | None = None
+    """Medusa heads in `heads.onnx`; None: the engine has none."""
     source: str = ""
     """Name of the checkpoint directory, for people."""
     apar_version: str = ""
@@ -144,8 +159,14 @@ class Manifest:
             decoder["rope_inv_freq"] = tuple(float(f) for f in decoder["rope_inv_freq"])
             tokens = dict(data["tokens"])
             tokens["eos"] = tuple(int(i) for i in tokens["eos"])
-            rest = {k: v for k, v in data.items() if k not in ("decoder", "tokens")}
-            return cls(decoder=DecoderConfig(**decoder), tokens=TokenIds(**tokens), **rest)
+            heads = data.get("draft_heads")
+            rest = {k: v for k, v in data.items() if k not in ("decoder", "tokens", "draft_heads")}
+            return cls(
+                decoder=DecoderConfig(**decoder),
+                tokens=TokenIds(**tokens),
+                draft_heads=None if heads is None else DraftHeads(**heads),
+                **rest,
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise EngineError(
                 f"{path} does not follow the manifest schema ({error}); build the engine again"

@@ -18,15 +18,18 @@ from apar.export.checkpoint import Checkpoint
 from apar.export.control_tokens import resolve_tokens
 from apar.export.decoder import Attention, build_decoder
 from apar.export.errors import BuildError
+from apar.export.heads_graph import build_heads
 from apar.export.linear import StoredLinear
 from apar.export.manifest import (
     DTYPES,
     GRAPH_NAME,
+    HEADS_GRAPH_NAME,
     KV_DTYPES,
     MANIFEST_NAME,
     PORTABLE_GRAPH_NAME,
     QUANTIZATIONS,
     WEIGHTS_NAME,
+    DraftHeads,
     Manifest,
 )
 from apar.export.output_directory import OutputDirectory, sync
@@ -56,6 +59,7 @@ def build(
     fork_token: str | int | None = None,
     child_token: str | int | None = None,
     max_context: int | None = None,
+    draft_heads: Path | str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Manifest:
@@ -71,6 +75,8 @@ def build(
             otherwise float16.
         fork_token, child_token: string or id of APAR's control tokens where the tokenizer calls them otherwise.
         max_context: longest path in tokens; by default the checkpoint's max_position_embeddings.
+        draft_heads: a directory with Medusa heads for the checkpoint; "none" leaves out those that ride with it, which
+            are taken by default.
         overwrite: replace an engine that is already at `output`, at the very end.
 
     Raises BuildError (options, disk), CheckpointError, TokenizerError. Whatever happens, `output` is
@@ -78,7 +84,7 @@ def build(
     """
     checkpoint, output = Path(checkpoint), Path(output)
     group_size = _check_options(dtype, quantize, group_size, block_size, kv_dtype)
-    source = Checkpoint.open(checkpoint)
+    source = Checkpoint.open(checkpoint, draft_heads)
     tokenizer = read_tokenizer(checkpoint)
     manifest = Manifest(
         decoder=replace(source.decoder, max_context=_max_context(source, max_context)),
@@ -88,24 +94,16 @@ def build(
         kv_dtype=_kv_dtype(kv_dtype, dtype, quantize),
         quantize=quantize,
         group_size=group_size,
+        draft_heads=source.heads.shape if source.heads else None,
         source=checkpoint.resolve().name,
         apar_version=_version(),
     )
-    plan = list(weight_plan(manifest.decoder, quantized=quantize != "none"))
+    plan = list(weight_plan(manifest.decoder, quantized=quantize != "none", heads=manifest.draft_heads))
     storage = {weight.name: _storage(weight, manifest) for weight in plan}
     needed = sum(_stored_bytes(weight, storage[weight.name], group_size) for weight in plan)
     with OutputDirectory(output, overwrite=overwrite, needed_bytes=needed + _SPARE_BYTES) as directory:
         weights = _write_weights(source, plan, storage, group_size, directory, progress)
-        if progress:
-            progress("graph", 0, 2)
-        fork = ForkAttention(block_size, manifest.kv_dtype)
-        graphs: dict[str, Attention] = {GRAPH_NAME: fork, PORTABLE_GRAPH_NAME: TreeMaskAttention()}
-        for done, (name, attention) in enumerate(graphs.items(), 1):
-            model = build_decoder(manifest.decoder, weights, attention, StoredLinear())
-            onnx.save(model, directory / name)
-            onnx.checker.check_model(str(directory / name))
-            if progress:
-                progress("graph", done, 2)
+        _write_graphs(manifest, weights, directory, progress)
         tokenizer.write(directory)
         files = {path.name: path.stat().st_size for path in sorted(directory.iterdir()) if path.name != MANIFEST_NAME}
         sync(directory)
@@ -160,7 +158,7 @@ def _storage(weight: Weight, manifest: Manifest) -> str:
     if weight.kind is Kind.EMBEDDING or manifest.quantize == "none":
         return manifest.dtype
     # The logits' error is not averaged out by later layers, and this is a small part of the bytes.
-    return "int8" if weight.name == "lm_head.weight" else manifest.quantize
+    return "int8" if weight.name.endswith("lm_head.weight") else manifest.quantize
 
 
 def _stored_bytes(weight: Weight, storage: str, group_size: int) -> int:
@@ -199,6 +197,27 @@ def _write_weights(
             return file.weights
     except OSError as error:
         raise BuildError(f"{directory / WEIGHTS_NAME} cannot be written: {error}") from error
+
+
+def _write_graphs(
+    manifest: Manifest, weights: Mapping[str, StoredWeight], directory: Path, progress: Progress | None
+) -> None:
+    heads = manifest.draft_heads
+    fork = ForkAttention(manifest.block_size, manifest.kv_dtype)
+    graphs: dict[str, Attention | DraftHeads] = {GRAPH_NAME: fork, PORTABLE_GRAPH_NAME: TreeMaskAttention()}
+    if heads:
+        graphs[HEADS_GRAPH_NAME] = heads
+    for done, (name, content) in enumerate(graphs.items()):
+        if progress:
+            progress("graph", done, len(graphs))
+        if isinstance(content, DraftHeads):
+            model = build_heads(manifest.decoder, content, weights, StoredLinear())
+        else:
+            model = build_decoder(manifest.decoder, weights, content, StoredLinear(), hidden_output=heads is not None)
+        onnx.save(model, directory / name)
+        onnx.checker.check_model(str(directory / name))
+    if progress:
+        progress("graph", len(graphs), len(graphs))
 
 
 def _checkpoint_bytes(source: Checkpoint, weight: Weight) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
-from apar.export.manifest import DecoderConfig
+from apar.export.manifest import DecoderConfig, DraftHeads
 
 
 class Kind(Enum):
@@ -34,8 +34,8 @@ class Weight:
     """Checkpoint tensors, stacked by rows."""
 
 
-def weight_plan(config: DecoderConfig, *, quantized: bool) -> Iterator[Weight]:
-    """All weights in the order of computation.
+def weight_plan(config: DecoderConfig, *, quantized: bool, heads: DraftHeads | None = None) -> Iterator[Weight]:
+    """All weights in the order of computation, those of Medusa heads last.
 
     A tied lm_head is not listed, `embed.weight` serves; but quantised it is a matrix of its own.
     """
@@ -61,3 +61,14 @@ def weight_plan(config: DecoderConfig, *, quantized: bool) -> Iterator[Weight]:
     if quantized or not config.tie_word_embeddings:
         source = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
         yield Weight("lm_head.weight", Kind.LINEAR, (config.vocab_size, hidden), (source,))
+    if heads is None:
+        return
+    for head in range(heads.count):
+        name = f"heads.{head}"
+        for block in range(heads.blocks):
+            part = f"{name}.blocks.{block}"
+            yield Weight(f"{part}.weight", Kind.LINEAR, (hidden, hidden), (f"{part}.weight",))
+            yield Weight(f"{part}.bias", Kind.VECTOR, (hidden,), (f"{part}.bias",))
+        if not heads.tied_lm_head:
+            last = f"{name}.lm_head.weight"
+            yield Weight(last, Kind.LINEAR, (config.vocab_size, hidden), (last,))

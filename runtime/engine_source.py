@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from apar.export import onnx_engine
+from apar.export import medusa, onnx_engine
 from apar.export.errors import EngineError
 from apar.export.manifest import ABI_VERSION, FORMAT_VERSION, MANIFEST_NAME, Manifest
 
@@ -63,8 +63,8 @@ def resolve_engine(source: str | Path, progress: Progress | None = None) -> Path
 def _fingerprint(checkpoint: Path) -> str:
     """Changes whenever a file of the checkpoint or the engine format does."""
     facts = [f"{FORMAT_VERSION}.{ABI_VERSION}", str(checkpoint.resolve())]
-    for path in sorted(checkpoint.iterdir()):
+    for path in sorted((*checkpoint.iterdir(), *(checkpoint / medusa.FOLDER).glob("*"))):
         if path.is_file():
             stat = path.stat()
-            facts.append(f"{path.name} {stat.st_size} {stat.st_mtime_ns}")
+            facts.append(f"{path.relative_to(checkpoint)} {stat.st_size} {stat.st_mtime_ns}")
     return hashlib.blake2b("\n".join(facts).encode(), digest_size=8).hexdigest()

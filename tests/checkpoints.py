@@ -132,3 +132,24 @@ def _to_bin(directory: Path) -> None:
         }
         (directory / "pytorch_model.bin.index.json").write_text(json.dumps(data), encoding="utf-8")
         index.unlink()
+
+
+def make_heads(
+    directory: Path, count: int = 3, blocks: int = 2, *, tied: bool = False, seed: int = 0, hidden: int = 64
+) -> dict[str, torch.Tensor]:
+    """Random Medusa heads by their FasterDecoding names. `tied`: no last matrices, the model's own is used."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for head in range(count):
+        for block in range(blocks):
+            tensors[f"{head}.{block}.linear.weight"] = torch.randn(hidden, hidden, generator=generator) * 0.1
+            tensors[f"{head}.{block}.linear.bias"] = torch.randn(hidden, generator=generator) * 0.1
+        if not tied:
+            tensors[f"{head}.{blocks}.weight"] = torch.randn(VOCAB, hidden, generator=generator) * 0.1
+    directory.mkdir(parents=True, exist_ok=True)
+    config: dict[str, Any] = {"medusa_num_heads": count, "medusa_num_layers": blocks}
+    if tied:
+        config["medusa_tied_lm_head"] = True
+    (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    torch.save(tensors, directory / "medusa_lm_head.pt")
+    return tensors

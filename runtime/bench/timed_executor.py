@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from time import perf_counter
 
 from apar.runtime.executor.base import Executor
-from apar.runtime.step import Float32Array, StepInputs
+from apar.runtime.step import Float32Array, IntArray, StepInputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,14 @@ class TimedExecutor(Executor):
         logits = self._executor.execute(inputs)
         self.records.append(StepRecord(rows, tokens, started, perf_counter()))
         return logits
+
+    def load_draft_heads(self) -> None:
+        """See Executor.load_draft_heads."""
+        self._executor.load_draft_heads()
+
+    def draft_logits(self, wanted: IntArray) -> Float32Array:
+        """See Executor.draft_logits."""
+        return self._executor.draft_logits(wanted)
 
     def close(self) -> None:
         """See Executor.close."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from apar.runtime.bench.cost_model import CostModel, StepWork
 from apar.runtime.engine import Engine
 from apar.runtime.executor.base import Executor
-from apar.runtime.step import Float32Array, StepInputs
+from apar.runtime.step import Float32Array, IntArray, StepInputs
 
 
 @dataclass(slots=True)
@@ -50,6 +50,14 @@ class VirtualExecutor(Executor):
             listed = int(self.engine.scheduler.table.num_blocks.sum())
         self.records.append(StepRecord(work, seconds, blocks, listed))
         return logits
+
+    def load_draft_heads(self) -> None:
+        """See Executor.load_draft_heads."""
+        self._executor.load_draft_heads()
+
+    def draft_logits(self, wanted: IntArray) -> Float32Array:
+        """See Executor.draft_logits."""
+        return self._executor.draft_logits(wanted)
 
     def close(self) -> None:
         """See Executor.close."""

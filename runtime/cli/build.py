@@ -53,6 +53,12 @@ def make_parser() -> Parser:
         metavar="N",
         help="with --quantize: input channels that share a scale; 16, 32, 64, 128 or 256 (default: 32)",
     )
+    weights.add_argument(
+        "--draft-heads",
+        metavar="DIR",
+        help="directory with Medusa heads for this checkpoint, or `none` (default: its `medusa` folder, or its "
+        "medusa_heads.* tensors, where it has them)",
+    )
     cache = parser.add_argument_group("KV cache")
     cache.add_argument(
         "--block-size", type=whole(1), default=16, metavar="N", help="tokens in a block: 8, 16, 32, 64 or 128"
@@ -98,6 +104,7 @@ def run(options: argparse.Namespace) -> int:
             fork_token=options.fork_token,
             child_token=options.child_token,
             max_context=options.max_context,
+            draft_heads=options.draft_heads,
             overwrite=options.overwrite,
             progress=progress,
         )

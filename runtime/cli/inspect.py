@@ -70,6 +70,7 @@ def inspect(source: str) -> dict[str, Any]:
         "abi_version": manifest.abi_version if is_engine else None,
         "apar_version": manifest.apar_version if is_engine else None,
         "parameters": parameters(manifest),
+        "draft_heads": None if manifest.draft_heads is None else dataclasses.asdict(manifest.draft_heads),
         "model": shape,
         "max_context": decoder.max_context,
         "dtype": manifest.dtype,
@@ -117,7 +118,8 @@ def _planned(directory: Path) -> Manifest:
 
     checkpoint = Checkpoint.open(directory)
     tokens = resolve_tokens(checkpoint.config, read_tokenizer(directory), None, None)
-    return Manifest(checkpoint.decoder, tokens, block_size=16, source=directory.resolve().name)
+    heads = checkpoint.heads.shape if checkpoint.heads else None
+    return Manifest(checkpoint.decoder, tokens, block_size=16, draft_heads=heads, source=directory.resolve().name)
 
 
 def _runs_here(manifest: Manifest) -> dict[str, Any]:
@@ -181,6 +183,7 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         ("vocabulary", f"{model['vocab_size']:,}"),
         *([("also", ", ".join(extra))] if extra else []),
+        *([("draft heads", _heads_text(facts["draft_heads"]))] if facts["draft_heads"] else []),
         ("context", f"{facts['max_context']:,} tokens"),
         ("weights", weights),
         (
@@ -202,6 +205,11 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("other executors", ", ".join(here["other_executors"]) or "none (torch is not installed)"),
     ]
     return lines
+
+
+def _heads_text(heads: dict[str, Any]) -> str:
+    last = "the model's own lm_head" if heads["tied_lm_head"] else "an lm_head each"
+    return f"{heads['count']} Medusa heads of {heads['blocks']} blocks and {last}"
 
 
 def _token(token: dict[str, Any]) -> str:

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+from apar.export.errors import ExecutorError
 from apar.export.manifest import Manifest
-from apar.runtime.step import Float32Array, StepInputs
+from apar.runtime.step import Float32Array, IntArray, StepInputs
+
+NO_HEADS_REMEDY = (
+    "build it from a checkpoint with a `medusa` folder, give `apar build --draft-heads DIR`, or draft with `ngram`"
+)
 
 
 class Executor(ABC):
@@ -16,6 +21,9 @@ class Executor(ABC):
         manifest: the engine's manifest.
         num_blocks: blocks in the KV pool; valid block ids are 0..num_blocks-1.
         detail: one line for people: graph, library, threads, pool size.
+
+    Engines with Medusa heads (`manifest.draft_heads`) can also give draft logits: `load_draft_heads` once, then
+    `draft_logits` after a step.
     """
 
     name: str
@@ -31,6 +39,18 @@ class Executor(ABC):
         next call. Raises ExecutorError if the step failed; KV contents of the rows in it are then
         undefined, other blocks are untouched.
         """
+
+    def load_draft_heads(self) -> None:
+        """Get the heads ready; without this call they cost nothing. Idempotent.
+
+        Raises ExecutorError where the engine has none, or the executor cannot run them.
+        """
+        raise ExecutorError(f"the {self.name} executor cannot run Medusa heads; use draft method `ngram` or `none`")
+
+    def draft_logits(self, wanted: IntArray) -> Float32Array:
+        """Draft logits float32 [N, heads, vocab] of N tokens of the last step; `wanted` [N] are places in its
+        `logits_rows`. The array belongs to the executor and is valid until the next call."""
+        raise ExecutorError(f"the heads of the {self.name} executor are not loaded")
 
     @abstractmethod
     def close(self) -> None:

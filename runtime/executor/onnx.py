@@ -20,13 +20,13 @@ import onnxruntime
 
 from apar import plugins
 from apar.export.errors import ExecutorError, PluginError
-from apar.export.manifest import GRAPH_NAME, PORTABLE_GRAPH_NAME, Manifest
-from apar.runtime.executor.base import Executor
+from apar.export.manifest import GRAPH_NAME, HEADS_GRAPH_NAME, PORTABLE_GRAPH_NAME, Manifest
+from apar.runtime.executor.base import NO_HEADS_REMEDY, Executor
 from apar.runtime.executor.check import check_step
 from apar.runtime.executor.pool import pool_blocks
 from apar.runtime.executor.portable import portable_inputs
 from apar.runtime.executor.threads import default_threads
-from apar.runtime.step import INPUT_NAMES, Float32Array, StepInputs
+from apar.runtime.step import INPUT_NAMES, Float32Array, IntArray, StepInputs
 
 GRAPHS = ("auto", "native", "portable")
 _INT32 = np.dtype(np.int32)
@@ -69,6 +69,8 @@ class OnnxExecutor(Executor):
             raise ExecutorError(f"threads must be at least 1, not {threads}")
         spinning = not os.environ.get("CI") if spinning is None else spinning
         self._session: onnxruntime.InferenceSession | None = None
+        self._heads: onnxruntime.InferenceSession | None = None
+        self._engine, self._threads, self._spinning = engine, threads, spinning
         self.manifest = Manifest.load(engine)
         options = _session_options(threads, spinning)
         library = "standard operators"
@@ -99,6 +101,7 @@ class OnnxExecutor(Executor):
             self._binding.bind_ortvalue_output(f"present_kv_{layer}", pool)
             self._pools.append(pool)
         self._logits = np.empty((64, decoder.vocab_size), np.float32)
+        self._hidden = np.empty((0, decoder.hidden_size), np.float32)
         self._session = session
         pool_bytes = self.num_blocks * size * decoder.kv_bytes_per_token(kv_dtype)
         self.detail = (
@@ -129,10 +132,30 @@ class OnnxExecutor(Executor):
             self._logits = np.empty((max(wanted, 2 * self._logits.shape[0]), decoder.vocab_size), np.float32)
         logits = self._logits[:wanted]
         self._binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+        if self._heads is not None:
+            self._hidden = hidden = np.empty((wanted, decoder.hidden_size), np.float32)
+            self._binding.bind_output("hidden", "cpu", 0, np.float32, hidden.shape, hidden.ctypes.data)
         try:
             self._session.run_with_iobinding(self._binding)
         except Exception as error:  # ONNX Runtime's exceptions have no common base
             raise ExecutorError(f"the step failed in ONNX Runtime: {_useful(error)}") from error
+        return logits
+
+    def load_draft_heads(self) -> None:
+        """See Executor.load_draft_heads."""
+        if self.manifest.draft_heads is None:
+            raise ExecutorError(f"{self._engine} has no Medusa heads; {NO_HEADS_REMEDY}")
+        if self._heads is None:
+            self._heads = _load(self._engine / HEADS_GRAPH_NAME, _session_options(self._threads, self._spinning))
+
+    def draft_logits(self, wanted: IntArray) -> Float32Array:
+        """See Executor.draft_logits."""
+        if self._heads is None:
+            return super().draft_logits(wanted)
+        try:
+            logits: Float32Array = self._heads.run(["draft_logits"], {"hidden": self._hidden[wanted]})[0]
+        except Exception as error:  # ONNX Runtime's exceptions have no common base
+            raise ExecutorError(f"the draft heads failed in ONNX Runtime: {_useful(error)}") from error
         return logits
 
     def close(self) -> None:
@@ -143,7 +166,7 @@ class OnnxExecutor(Executor):
         self._binding.clear_binding_outputs()
         del self._binding
         self._pools.clear()
-        self._session = None
+        self._session = self._heads = None
         self._logits = np.empty((0, 0), np.float32)
 
 

@@ -14,10 +14,10 @@ import numpy as np
 from apar.export.engine_weights import read_weights
 from apar.export.errors import ExecutorError
 from apar.export.manifest import KV_DTYPES, Manifest
-from apar.runtime.executor.base import Executor
+from apar.runtime.executor.base import NO_HEADS_REMEDY, Executor
 from apar.runtime.executor.check import check_step, padding_free
 from apar.runtime.executor.pool import pool_blocks
-from apar.runtime.step import Float32Array, StepInputs
+from apar.runtime.step import Float32Array, IntArray, StepInputs
 
 try:
     import torch
@@ -90,6 +90,8 @@ class TorchExecutor(Executor):
         self._pools = [
             torch.zeros(shape, dtype=getattr(torch, kv_dtype), device=self._device) for _ in range(decoder.num_layers)
         ]
+        self._lm_head = "lm_head" if "lm_head.weight" in self._weights else "embed"
+        self._wanted = torch.empty(0, decoder.hidden_size)
         self._closed = False
         self.detail = (
             f"PyTorch {torch.__version__} reference on the {self._device.type}, {torch.get_num_threads()} threads, "
@@ -113,6 +115,26 @@ class TorchExecutor(Executor):
         except (RuntimeError, IndexError) as error:
             raise ExecutorError(f"the step failed in PyTorch: {error}") from error
 
+    def load_draft_heads(self) -> None:
+        """See Executor.load_draft_heads; the weights are here already."""
+        if self.manifest.draft_heads is None:
+            raise ExecutorError(f"the engine has no Medusa heads; {NO_HEADS_REMEDY}")
+
+    def draft_logits(self, wanted: IntArray) -> Float32Array:
+        """See Executor.draft_logits."""
+        heads = self.manifest.draft_heads
+        assert heads is not None
+        with torch.inference_mode():
+            hidden = self._wanted[torch.from_numpy(wanted).to(self._device)]
+            logits = []
+            for head in range(heads.count):
+                state = hidden
+                for block in range(heads.blocks):
+                    state = state + functional.silu(self._linear(state, f"heads.{head}.blocks.{block}"))
+                logits.append(self._linear(state, self._lm_head if heads.tied_lm_head else f"heads.{head}.lm_head"))
+            stacked: Float32Array = torch.stack(logits, 1).cpu().numpy()
+            return stacked
+
     def close(self) -> None:
         """Free weights and pools. Idempotent."""
         self._closed = True
@@ -129,9 +151,8 @@ class TorchExecutor(Executor):
             hidden = hidden + self._linear(attention, prefix + "o")
             gate, up = self._linear(self._norm(hidden, prefix + "post_norm.weight"), prefix + "gate_up").chunk(2, -1)
             hidden = hidden + self._linear(functional.silu(gate) * up, prefix + "down")
-        wanted = self._norm(hidden[self._index(inputs.logits_rows)], "norm.weight")
-        head = "lm_head" if "lm_head.weight" in self._weights else "embed"
-        logits: Float32Array = self._linear(wanted, head).cpu().numpy()
+        self._wanted = self._norm(hidden[self._index(inputs.logits_rows)], "norm.weight")
+        logits: Float32Array = self._linear(self._wanted, self._lm_head).cpu().numpy()
         return logits
 
     def _index(self, values: np.ndarray[tuple[int, ...], np.dtype[np.int32]]) -> Tensor:
