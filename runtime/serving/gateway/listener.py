@@ -1,0 +1,93 @@
+"""The gateway on a socket: how many connections, and how long one may stay silent."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+
+from aiohttp import web
+
+from apar.export.errors import ServingError
+from apar.runtime.serving.gateway.app import Gateway
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes a free one. Raises ServingError where the address cannot be used."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(1024)
+    except OSError as error:
+        listener.close()
+        raise ServingError(
+            f"cannot listen on {host} port {port}: {error.strerror}; choose another with --host or --port"
+        ) from error
+    listener.setblocking(False)
+    return listener
+
+
+class Listener:
+    """Runs a gateway on a listening socket."""
+
+    def __init__(self, gateway: Gateway, listener: socket.socket) -> None:
+        self._gateway = gateway
+        self._socket = listener
+        self._server: asyncio.Server | None = None
+        self._runner = web.AppRunner(
+            gateway.app,
+            access_log=None,
+            # Leaving a client's handler as soon as it goes away is what cancels its request.
+            handler_cancellation=True,
+            keepalive_timeout=gateway.settings.keep_alive,
+            auto_decompress=False,
+            shutdown_timeout=0.0,
+        )
+        self._unused: dict[asyncio.BaseProtocol, asyncio.TimerHandle] = {}
+        """Connections that have brought no request yet, and when that becomes too long."""
+
+    async def start(self) -> None:
+        """Accept connections."""
+        await self._runner.setup()
+        self._gateway.seen = self._seen
+        self._server = await asyncio.get_running_loop().create_server(self._connection, sock=self._socket)
+
+    async def refuse(self) -> None:
+        """Accept no further connection; those that are there go on."""
+        if self._server is not None:
+            self._server.close()
+
+    async def stop(self) -> None:
+        """Close every connection."""
+        await self.refuse()
+        await self._runner.cleanup()
+
+    def _connection(self) -> asyncio.BaseProtocol:
+        server = self._runner.server
+        assert server is not None
+        if len(server.connections) >= self._gateway.settings.max_connections:
+            return _Refusal()
+        protocol = server()
+        loop = asyncio.get_running_loop()
+        timer = loop.call_later(self._gateway.settings.body_timeout, self._give_up, protocol)
+        self._unused[protocol] = timer
+        return protocol
+
+    def _seen(self, request: web.Request) -> None:
+        timer = self._unused.pop(request.protocol, None)
+        if timer is not None:
+            timer.cancel()
+
+    def _give_up(self, protocol: web.RequestHandler) -> None:
+        """Close a connection that has brought no complete request head in time."""
+        del self._unused[protocol]
+        if protocol.transport is not None:
+            protocol.transport.abort()
+
+
+class _Refusal(asyncio.Protocol):
+    """Closes the connection it is given."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        transport.close()

@@ -1,0 +1,73 @@
+"""The deep health check: does the service answer a request for one token?"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from dataclasses import dataclass
+
+import aiohttp
+
+from apar.runtime.serving.triton_stream import TritonError, stream_model
+
+PROBE_SECONDS = 20.0
+PROMPT = "Hello"
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """Outcome of a check."""
+
+    healthy: bool
+    detail: str
+    at: float
+    """time.monotonic() at its end."""
+    answered: bool = True
+    """Whether the server said anything at all; an error is an answer too."""
+
+
+class Probe:
+    """Asks for one token, at most once every `keep` seconds and never twice at a time.
+
+    Tokens that users get count as well: a service under load is not asked more.
+    """
+
+    def __init__(self, keep: float, seconds: float = PROBE_SECONDS) -> None:
+        self._keep = keep
+        self._seconds = seconds
+        self._last: Health | None = None
+        self._lock = asyncio.Lock()
+
+    def saw_tokens(self) -> None:
+        """Somebody has just been given tokens."""
+        self._last = Health(True, "tokens are flowing", time.monotonic())
+
+    def forget(self) -> None:
+        """What was known no longer holds: the server was started anew."""
+        self._last = None
+
+    async def check(self, session: aiohttp.ClientSession, url: str | None) -> Health:
+        """The latest outcome, if it is fresh; otherwise a new one. `url`: of the server; None while there is none."""
+        async with self._lock:
+            if url is None:
+                return Health(False, "the server is starting", time.monotonic(), answered=False)
+            if self._last is None or time.monotonic() - self._last.at > self._keep:
+                self._last = await self._ask(session, url)
+            return self._last
+
+    async def _ask(self, session: aiohttp.ClientSession, url: str) -> Health:
+        inputs = {
+            "id": f"probe-{uuid.uuid4().hex}",
+            "text_input": PROMPT,
+            "chat": False,
+            "max_tokens": 1,
+            "fork": False,
+        }
+        try:
+            async for _ in stream_model(session, url, inputs, deadline=self._seconds):
+                pass
+        except TritonError as error:
+            # Overloaded means alive and busy; an engine that is starting again will answer by and by.
+            return Health(error.code == "overloaded", str(error), time.monotonic(), answered=not error.silent)
+        return Health(True, "one token was generated", time.monotonic())
