@@ -42,7 +42,8 @@ class Answer:
         self.follows = listens or bool(params.stop)
         """Whether every token has to be looked at when it comes."""
         self.first_token = 0.0
-        """When the first token came, by the engine's clock, as is `ended`; 0 before."""
+        """When the first token came, by the engine's clock, as are `last_token` and `ended`; 0 before."""
+        self.last_token = 0.0
         self.ended = 0.0
         self._tokenizer = tokenizer
         self._stops = StopStrings(params.stop, params.include_stop_in_output) if params.stop else None

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
-from collections import deque
-from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Future
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 from apar.export.errors import EngineStoppedError
 from apar.runtime.answer import Answer
+from apar.runtime.engine_loop import EngineLoop
 from apar.runtime.engine_source import resolve_engine
 from apar.runtime.limits import SchedulerLimits
 from apar.runtime.llm import load_text_engine
@@ -40,13 +38,9 @@ class AsyncLLM:
         self, engine: str | Path, *, executor: str = "auto", limits: SchedulerLimits | None = None, **options: Any
     ) -> None:
         self._text = load_text_engine(resolve_engine(engine), executor, limits, **options)
-        self._commands: deque[Callable[[], None]] = deque()
-        self._wake = threading.Condition()
         self._listeners: dict[str, _Listener] = {}
-        self._closing = False
-        self._failure: str | None = None
-        self._thread = threading.Thread(target=self._run, name="apar-engine", daemon=True)
-        self._thread.start()
+        self._loop = EngineLoop(self._text, self._deliver, self._stopped)
+        self._loop.start()
 
     async def stream(
         self,
@@ -87,7 +81,7 @@ class AsyncLLM:
             self._listeners[answer.request.request_id] = listener
             return answer.request.request_id
 
-        own_id = await asyncio.wrap_future(self._call(submit))
+        own_id = await asyncio.wrap_future(self._loop.call(submit))
         try:
             while True:
                 for item in await listener.take():
@@ -97,7 +91,7 @@ class AsyncLLM:
                     if isinstance(item, RequestOutput):
                         return
         finally:
-            self._post(lambda: self._drop(own_id))
+            self._loop.post(lambda: self._drop(own_id))
 
     async def generate(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> RequestOutput:
         """The whole answer to one prompt; arguments as for `stream`."""
@@ -119,18 +113,15 @@ class AsyncLLM:
             self._deliver(answer)
             return True
 
-        return await asyncio.wrap_future(self._call(cancel))
+        return await asyncio.wrap_future(self._loop.call(cancel))
 
     async def stats(self) -> dict[str, Any]:
         """Gauges and counters of the scheduler, the KV pool and the loop."""
-        return await asyncio.wrap_future(self._call(self._text.stats))
+        return await asyncio.wrap_future(self._loop.call(self._text.stats))
 
     async def close(self) -> None:
         """Stop the loop and free the engine. Requests still running end with EngineStoppedError."""
-        with self._wake:
-            self._closing = True
-            self._wake.notify()
-        await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self._loop.close)
 
     async def __aenter__(self) -> AsyncLLM:
         return self
@@ -138,54 +129,10 @@ class AsyncLLM:
     async def __aexit__(self, *exception: object) -> None:
         await self.close()
 
-    def _call(self, function: Callable[[], Any]) -> Future[Any]:
-        """Run a function between two steps of the engine loop."""
-        future: Future[Any] = Future()
-
-        def run() -> None:
-            if not future.set_running_or_notify_cancel():
-                return
-            try:
-                future.set_result(function())
-            except BaseException as error:
-                future.set_exception(error)
-
-        if not self._post(run):
-            future.set_exception(EngineStoppedError(self._failure or "the engine has been closed; create a new one"))
-        return future
-
-    def _post(self, command: Callable[[], None]) -> bool:
-        with self._wake:
-            if self._closing or self._failure is not None:
-                return False
-            self._commands.append(command)
-            self._wake.notify()
-            return True
-
     def _drop(self, request_id: str) -> None:
         """Forget a listener that went away, and cancel its request if it still runs."""
         if self._listeners.pop(request_id, None) is not None:
             self._text.cancel(request_id)
-
-    def _run(self) -> None:
-        try:
-            while True:
-                with self._wake:
-                    while not self._commands and self._text.idle and not self._closing:
-                        self._wake.wait()
-                    if self._closing:
-                        break
-                    commands = list(self._commands)
-                    self._commands.clear()
-                for command in commands:
-                    command()
-                for answer in self._text.step():
-                    self._deliver(answer)
-        except BaseException as error:
-            logger.exception("the engine loop died")
-            self._failure = f"the engine stopped: {error}"
-        finally:
-            self._stop()
 
     def _deliver(self, answer: Answer) -> None:
         request_id = answer.request.request_id
@@ -198,19 +145,11 @@ class AsyncLLM:
         if listener is not None and items:
             listener.put(items)
 
-    def _stop(self) -> None:
-        """End every stream and refuse new requests; then free the engine."""
-        with self._wake:
-            self._failure = self._failure or "the engine has been closed; create a new one"
-            commands = list(self._commands)
-            self._commands.clear()
-        error = EngineStoppedError(self._failure)
-        for command in commands:
-            command()
+    def _stopped(self, reason: str) -> None:
+        """End every stream."""
         for listener in self._listeners.values():
-            listener.put([error])
+            listener.put([EngineStoppedError(reason)])
         self._listeners.clear()
-        self._text.close()
 
 
 class _Listener:

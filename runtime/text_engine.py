@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import count
-from time import perf_counter
 from typing import Any
 
 from apar.export.errors import RequestError
@@ -13,6 +12,7 @@ from apar.runtime.booking import StepReport
 from apar.runtime.branch import Request
 from apar.runtime.chat import ChatMessage, render_chat, render_prompt
 from apar.runtime.engine import Engine
+from apar.runtime.metrics import Metrics
 from apar.runtime.sampling_params import SamplingParams
 from apar.runtime.tokenizer import Tokenizer
 
@@ -26,6 +26,7 @@ class TextEngine:
     def __init__(self, engine: Engine, tokenizer: Tokenizer) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
+        self.metrics = Metrics()
         self._answers: dict[Request, Answer] = {}
         self._by_id: dict[str, Answer] = {}
         self._numbers = count()
@@ -130,12 +131,13 @@ class TextEngine:
     def _read(self, report: StepReport) -> dict[Request, Answer]:
         """Turn a step's tokens into text where somebody follows; ends branches that met a stop string."""
         touched: dict[Request, Answer] = {}
-        answers, step, now = self._answers, report.step, perf_counter()
+        answers, metrics, step, now = self._answers, self.metrics, report.step, self.engine.clock()
+        metrics.generation_tokens += len(report.tokens)
         stopped = []
         for branch, token in zip(report.branches, report.tokens, strict=True):
             answer = answers[branch.request]
-            if not answer.first_token:
-                answer.first_token = now
+            if answer.last_token != now:
+                metrics.token(answer, now)
             if not answer.follows:
                 continue
             touched[branch.request] = answer
@@ -158,6 +160,7 @@ class TextEngine:
         return touched
 
     def _retire(self, answer: Answer) -> None:
-        answer.ended = perf_counter()
+        answer.ended = self.engine.clock()
+        self.metrics.finish(answer)
         del self._answers[answer.request]
         del self._by_id[answer.request.request_id]

@@ -1,0 +1,118 @@
+"""One model's connection: a thread that reads its messages and one that writes ours."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+from collections.abc import Callable
+
+from apar.runtime.serving.engine.flight import Flight
+from apar.runtime.serving.engine.wire import Decoder, Message, WireError, encode
+
+logger = logging.getLogger(__name__)
+
+SEND_BUFFER = 32 << 10
+"""Bytes that may be under way. Small, so that a slow reader holds the writer up and answers are joined here."""
+RECEIVE_SIZE = 256 << 10
+
+
+class Connection:
+    """Takes messages in and sends what flights have to say, joined as far as the reader is behind.
+
+    Args:
+        sock: connected; the connection closes it.
+        handle: called with every message, in the reading thread.
+        closed: called once, when the other side is gone.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        handle: Callable[[Connection, Message], None],
+        closed: Callable[[Connection], None],
+    ) -> None:
+        self.role = ""
+        """"owner" or "view" once the other side has said hello."""
+        self.flights: dict[int, Flight] = {}
+        """By number; belongs to the engine's thread."""
+        self._socket = sock
+        self._handle = handle
+        self._on_close = closed
+        self._wake = threading.Condition()
+        self._messages: list[Message] = []
+        self._due: dict[Flight, None] = {}
+        self._closing = False
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+
+    def start(self) -> None:
+        """Begin to read and to write."""
+        for name, target in (("reader", self._read), ("writer", self._write)):
+            threading.Thread(target=target, name=f"apar-{name}", daemon=True).start()
+
+    def send(self, message: Message) -> None:
+        """Send a message of its own, before what flights have to say."""
+        with self._wake:
+            self._messages.append(message)
+            self._wake.notify()
+
+    def send_from(self, flight: Flight) -> None:
+        """The flight has something to say."""
+        with self._wake:
+            self._due[flight] = None
+            self._wake.notify()
+
+    def close(self) -> None:
+        """End both threads, after what is queued has been sent."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+
+    def _read(self) -> None:
+        decoder = Decoder()
+        try:
+            while data := self._socket.recv(RECEIVE_SIZE):
+                for message in decoder.feed(data):
+                    self._handle(self, message)
+        except OSError:
+            pass
+        except WireError as error:
+            logger.warning("a connection is closed, because it sent %s", error)
+        finally:
+            self.close()
+            self._on_close(self)
+
+    def _write(self) -> None:
+        try:
+            while True:
+                with self._wake:
+                    while not (self._messages or self._due or self._closing):
+                        self._wake.wait()
+                    messages, self._messages = self._messages, []
+                    due, self._due = self._due, {}
+                    closing = self._closing
+                data = bytearray()
+                for message in messages:
+                    data += encode(message)
+                for flight in due:
+                    said = flight.message()
+                    if said is not None:
+                        data += encode(said)
+                if data:
+                    self._socket.sendall(data)
+                elif closing:
+                    return
+        except OSError:
+            logger.debug("a reader went away")
+        finally:
+            shut(self._socket)
+
+
+def shut(sock: socket.socket) -> None:
+    """Close a socket that another thread may be reading."""
+    try:
+        sock.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass
+    finally:
+        sock.close()

@@ -1,0 +1,202 @@
+"""Requests of all connections over one engine loop: admission, stops, cancellation, answers."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from itertools import count
+from typing import Any
+
+from apar.export.errors import AparError
+from apar.runtime.answer import Answer
+from apar.runtime.engine_loop import EngineLoop
+from apar.runtime.serving.engine.connection import Connection
+from apar.runtime.serving.engine.flight import Error, Flight
+from apar.runtime.serving.engine.request import (
+    CANCELLED,
+    FAILED,
+    INTERNAL,
+    INVALID,
+    OVERLOADED,
+    UNAVAILABLE,
+    ServedRequest,
+    error_code,
+    parse_request,
+)
+from apar.runtime.serving.engine.wire import Message
+from apar.runtime.text_engine import TextEngine
+
+logger = logging.getLogger(__name__)
+
+
+class Service:
+    """Serves the models' messages.
+
+    Everything about flights happens in the engine's thread; connections' threads only read, parse and write.
+
+    Args:
+        text: the engine; the service closes it.
+        max_requests: held at once; more are refused.
+        stopped: called with the reason when the engine's loop has ended.
+    """
+
+    def __init__(self, text: TextEngine, max_requests: int, stopped: Callable[[str], None]) -> None:
+        self._text = text
+        self._max_requests = max_requests
+        self._on_stop = stopped
+        self._flights: dict[str, Flight] = {}
+        """By the engine's request id."""
+        self._numbers = count()
+        self._connections: dict[Connection, None] = {}
+        self._lock = threading.Lock()
+        self.loop = EngineLoop(text, self._deliver, self._stopped)
+
+    # ---------------------------------------------------------------- connections
+
+    def serve(self, connection: Connection) -> None:
+        """Take a new connection."""
+        with self._lock:
+            self._connections[connection] = None
+        connection.start()
+
+    def owners(self) -> list[Connection]:
+        """Connections of models that keep the engine alive, the newest last."""
+        with self._lock:
+            return [connection for connection in self._connections if connection.role == "owner"]
+
+    def forget(self, connection: Connection) -> None:
+        """The other side is gone: end what it asked for."""
+        with self._lock:
+            self._connections.pop(connection, None)
+        self.loop.post(lambda: self._abandon(connection))
+
+    def close(self, timeout: float) -> bool:
+        """Stop the engine; requests still in flight end with an error. False if that took longer than `timeout`."""
+        return self.loop.close(timeout)
+
+    def handle(self, connection: Connection, message: Message) -> None:
+        """A message of a model, in its connection's thread."""
+        operation = message.get("op")
+        number = message.get("id", 0)
+        if operation == "generate":
+            self._generate(connection, number, message)
+        elif operation == "cancel":
+            self.loop.post(lambda: self._cancel(connection, number))
+        elif operation == "stop":
+            label = message.get("label", "")
+            if not self.loop.post(lambda: self._stop(connection, number, label)):
+                connection.send({"id": number, "error": (UNAVAILABLE, "the engine is stopping")})
+        else:
+            logger.warning("a message with the unknown operation %r was ignored", operation)
+
+    # ---------------------------------------------------------------- in a connection's thread
+
+    def _generate(self, connection: Connection, number: int, message: Message) -> None:
+        error: Error
+        try:
+            request = parse_request(message, self._text)
+        except AparError as problem:
+            error = (error_code(problem), str(problem))
+        except Exception as problem:  # a defect must not end the connection, which others use
+            logger.exception("a request could not be read")
+            error = (INTERNAL, f"the request could not be read: {problem}")
+        else:
+            if self.loop.post(lambda: self._submit(connection, number, request)):
+                return
+            error = (UNAVAILABLE, "the engine is stopping")
+        connection.send({"id": number, "error": error})
+
+    # ---------------------------------------------------------------- in the engine's thread
+
+    def _submit(self, connection: Connection, number: int, request: ServedRequest) -> None:
+        if len(self._flights) >= self._max_requests:
+            self._refuse(
+                connection, number, (OVERLOADED, f"{self._max_requests} requests are in flight already; send it later")
+            )
+            return
+        flight = Flight(number, connection, request, self._text.tokenizer)
+        request_id = f"{next(self._numbers)}"
+        try:
+            flight.answer = self._text.submit(
+                request.token_ids,
+                request.params,
+                request_id=request_id,
+                listens=flight.listens,
+                priority=request.priority,
+                arrived=request.arrived,
+                timeout=request.timeout,
+            )
+        except AparError as problem:
+            self._refuse(connection, number, (error_code(problem), str(problem)))
+            return
+        except Exception as problem:
+            logger.exception("a request could not be queued")
+            self._refuse(connection, number, (INTERNAL, f"the request could not be queued: {problem}"))
+            return
+        self._flights[request_id] = connection.flights[number] = flight
+
+    def _refuse(self, connection: Connection, number: int, error: Error) -> None:
+        connection.send({"id": number, "error": error})
+
+    def _deliver(self, answer: Answer) -> None:
+        """Hand what an answer says to its flight."""
+        flight = self._flights.get(answer.request.request_id)
+        if flight is None:
+            return
+        finished = answer.finished
+        flight.add(answer.events, answer.output() if finished else None)
+        answer.events.clear()
+        if finished:
+            self._remove(flight)
+        if flight.due:
+            flight.connection.send_from(flight)
+
+    def _end(self, flight: Flight, error: Error | None) -> None:
+        """End a request that still runs: with an error, or with what it has said so far."""
+        assert flight.answer is not None
+        answer = self._text.cancel(flight.answer.request.request_id)
+        if answer is None:
+            return
+        if error is None:
+            self._deliver(answer)
+            return
+        self._remove(flight)
+        flight.fail(error)
+        flight.connection.send_from(flight)
+
+    def _remove(self, flight: Flight) -> None:
+        assert flight.answer is not None
+        del self._flights[flight.answer.request.request_id]
+        del flight.connection.flights[flight.number]
+
+    def _cancel(self, connection: Connection, number: int) -> None:
+        flight = connection.flights.get(number)
+        if flight is not None:
+            self._end(flight, (CANCELLED, "the caller went away"))
+
+    def _abandon(self, connection: Connection) -> None:
+        for flight in list(connection.flights.values()):
+            self._end(flight, (CANCELLED, "the caller went away"))
+
+    def _stop(self, connection: Connection, number: int, label: str) -> None:
+        if not label:
+            error = (INVALID, "stop needs the id of the request to be stopped as its own request id")
+            connection.send({"id": number, "error": error})
+            return
+        flights = [flight for flight in self._flights.values() if flight.request.label == label]
+        for flight in flights:
+            self._end(flight, None)
+        connection.send({"id": number, "stopped": len(flights)})
+
+    def _stopped(self, reason: str) -> None:
+        for flight in list(self._flights.values()):
+            self._remove(flight)
+            flight.fail((FAILED, reason))
+            flight.connection.send_from(flight)
+        self._on_stop(reason)
+
+    def snapshot(self) -> dict[str, Any]:
+        """Numbers for a model's metrics; in the engine's thread."""
+        numbers = self._text.metrics.snapshot(self._text.engine)
+        return {"gauges": numbers.gauges, "counters": numbers.counters, "observations": numbers.observations}

@@ -1,0 +1,83 @@
+"""Where the engine of a model has its socket, and how a model writes to the log."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sys
+import tempfile
+
+
+class LinkError(Exception):
+    """There is no engine; the message says why and what to do."""
+
+
+def log(text: str) -> None:
+    """One line in the server's log."""
+    print(f"apar: {text}", file=sys.stderr, flush=True)
+
+
+class EngineDirectory:
+    """A directory that belongs to one model of one server: every model of that server finds it without being told,
+    and nobody but the user may enter it.
+
+    Attributes:
+        path: of the directory.
+        socket: where the engine listens.
+        lock: locked while somebody starts the engine.
+        failure: holds the reason why the engine could not be started.
+        server: {"pid", "started"} of the server; together they name it for good.
+    """
+
+    def __init__(self, model: str) -> None:
+        pid = os.getppid()
+        self.server = {"pid": pid, "started": _start(pid)}
+        self._root = os.path.join(tempfile.gettempdir(), f"apar-{os.getuid()}")
+        name = hashlib.blake2b(model.encode(), digest_size=6).hexdigest()  # a socket's path must be short
+        self.path = os.path.join(self._root, f"{pid}-{self.server['started']}", name)
+        self.socket = os.path.join(self.path, "engine.sock")
+        self.lock = os.path.join(self.path, "lock")
+        self.failure = os.path.join(self.path, "failure")
+        self.settings = os.path.join(self.path, "settings.json")
+
+    def create(self) -> None:
+        """Make it, and remove those of servers that are gone. Raises LinkError if others could enter it."""
+        os.makedirs(self._root, mode=0o700, exist_ok=True)
+        facts = os.lstat(self._root)
+        if facts.st_uid != os.getuid() or facts.st_mode & 0o077 or os.path.islink(self._root):
+            raise LinkError(f"{self._root} must be a directory of this user that nobody else may enter; remove it")
+        for name in os.listdir(self._root):
+            if not _runs(name):
+                shutil.rmtree(os.path.join(self._root, name), ignore_errors=True)
+        os.makedirs(self.path, mode=0o700, exist_ok=True)
+        if os.path.exists(self.failure):
+            os.remove(self.failure)
+
+    def read_failure(self) -> str | None:
+        """Why the engine could not be started; None if nobody has failed."""
+        try:
+            with open(self.failure, encoding="utf-8") as file:
+                return file.read()
+        except OSError:
+            return None
+
+    def write_failure(self, text: str) -> None:
+        """Tell the other models why there will be no engine."""
+        with open(self.failure, "w", encoding="utf-8") as file:
+            file.write(text)
+
+
+def _start(pid: int) -> str:
+    """When a process began, in clock ticks after boot."""
+    with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+        return file.read().rpartition(")")[2].split()[19]
+
+
+def _runs(name: str) -> bool:
+    """Whether the server that a directory is named after still runs."""
+    pid, _, started = name.partition("-")
+    try:
+        return _start(int(pid)) == started
+    except (OSError, ValueError):
+        return False

@@ -1,0 +1,97 @@
+"""The engine's numbers on the server's metrics page."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import triton_python_backend_utils as pb_utils
+
+PREFIX = "apar:"
+_SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0]
+_BUCKETS = {"branch_depth": [1.0, 2.0, 3.0, 4.0, 6.0, 8.0]}
+_LABEL = re.compile(r'(\w+)="([^"]*)"')
+
+DESCRIPTIONS = {
+    "engine_ready": "1 while the engine process takes requests",
+    "engine_restarts_total": "Times that the engine process was started again",
+    "num_requests_running": "Requests whose branches are in the running set",
+    "num_requests_waiting": "Requests that wait for admission, preempted ones included",
+    "num_branches_live": "Branches alive",
+    "kv_blocks_total": "Blocks of the KV pool",
+    "kv_blocks_used": "Blocks referenced by live branches",
+    "kv_blocks_cached": "Unreferenced blocks that the prefix cache still knows",
+    "kv_blocks_shared": "Blocks referenced more than once",
+    "kv_blocks_saved": "Further blocks that would be needed if nothing were shared",
+    "kv_cache_usage": "Share of the pool that is referenced, 0 to 1",
+    "prompt_tokens_total": "Prompt tokens of finished requests",
+    "generation_tokens_total": "Tokens sampled",
+    "prefix_cache_queries_total": "Prompt tokens that were looked up in the prefix cache",
+    "prefix_cache_hits_total": "Prompt tokens that the prefix cache had",
+    "forks_total": "Forks",
+    "forks_denied_total": "Forks that were not allowed, by reason",
+    "num_preemptions_total": "Preemptions",
+    "request_finished_total": "Finished requests by reason",
+    "request_errors_total": "Requests that ended with an error, by code",
+    "time_to_first_token_seconds": "From arrival in the engine to the first token",
+    "inter_token_latency_seconds": "Between successive tokens of a request; a sample of the tokens",
+    "e2e_request_latency_seconds": "From arrival in the engine to the end",
+    "request_queue_time_seconds": "From arrival in the engine to admission",
+    "branch_depth": "Depths of the branches of finished requests",
+}
+
+
+class EngineMetrics:
+    """Keeps Triton's metrics in step with the numbers of one engine.
+
+    Args:
+        model: name of the model, the label of every metric.
+    """
+
+    def __init__(self, model: str) -> None:
+        self._labels = {"model": model}
+        self._families: dict[str, Any] = {}
+        self._metrics: dict[str, Any] = {}
+        self._totals: dict[str, float] = {}
+        self._levels: dict[str, float] = {}
+
+    def update(self, numbers: dict[str, Any]) -> None:
+        """Numbers as the engine sent them: gauges, counters since it was loaded, observations since the last time."""
+        for name, value in numbers["gauges"].items():
+            self.level(name, value)
+        for name, total in numbers["counters"].items():
+            self.count(name, total - self._totals.get(name, 0))
+            self._totals[name] = total
+        for name, values in numbers["observations"].items():
+            for value in values:
+                self._metric(name, "HISTOGRAM").observe(value)
+
+    def level(self, name: str, value: float) -> None:
+        """Set a gauge; what has not changed is not sent."""
+        if self._levels.get(name) != value:
+            self._levels[name] = value
+            self._metric(name, "GAUGE").set(value)
+
+    def count(self, name: str, more: float = 1) -> None:
+        """Increase a counter."""
+        if more > 0 or name not in self._metrics:
+            self._metric(name, "COUNTER").increment(max(more, 0))
+
+    def restart(self) -> None:
+        """The next numbers come from a new engine, which counts from zero."""
+        self._totals.clear()
+
+    def _metric(self, name: str, kind: str) -> Any:
+        metric = self._metrics.get(name)
+        if metric is None:
+            family, _, labels = name.partition("{")
+            if family not in self._families:
+                self._families[family] = pb_utils.MetricFamily(
+                    name=PREFIX + family,
+                    description=DESCRIPTIONS.get(family, family.replace("_", " ")),
+                    kind=getattr(pb_utils.MetricFamily, kind),
+                )
+            own = {**self._labels, **dict(_LABEL.findall(labels))}
+            extra = {"buckets": _BUCKETS.get(family, _SECONDS)} if kind == "HISTOGRAM" else {}
+            metric = self._metrics[name] = self._families[family].Metric(labels=own, **extra)
+        return metric
