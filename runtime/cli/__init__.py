@@ -19,6 +19,8 @@ OK, FAILED, USAGE, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
 COMMANDS = {
     "build": "build an engine from a checkpoint",
     "generate": "answer prompts, with a live view of the branches",
+    "serve": "serve an engine: OpenAI's API in front of NVIDIA's Triton server",
+    "demo": "build, serve and ask the tiny model, all in one command",
     "inspect": "show what an engine or a checkpoint holds, and how it would run here",
     "bench": "measure an engine on its prompts, or the runtime's own cost",
 }

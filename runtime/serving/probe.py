@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import aiohttp
 
-from apar.runtime.serving.triton_stream import TritonError, stream_model
+from apar.runtime.serving.model_responses import TritonError
+from apar.runtime.serving.triton_stream import stream_model
 
 PROBE_SECONDS = 20.0
 PROMPT = "Hello"

@@ -11,6 +11,8 @@ logger = logging.getLogger("apar.serving.triton")
 KEPT_LINES = 400
 _SERVERS_OWN = re.compile(r"^[IWEF]\d{4} \d\d:\d\d:\d\d\.\d+ \d+ (?P<place>[\w.]+:\d+)\]")
 _LOAD_FAILURE = re.compile(r"failed to load '(?P<model>[^']*)' version \d+: (?P<reason>.*?)\"?$")
+_CALM = re.compile(r"^apar[\w .]*: (INFO|DEBUG|\w+: ready)\b")
+"""What models and engine say when all is well."""
 _NOISE = ("CudaDriverHelper has not been initialized", "Failed to initialize NVML", "Signal (15) received")
 """What it says on a machine without a GPU, or when it is told to end; harmless."""
 
@@ -32,7 +34,7 @@ class ServerLog:
         failure = _LOAD_FAILURE.search(line) if found else None
         if failure:
             self._failures.append(f"model {failure['model']}: {_sentence(failure['reason'])}")
-        if any(noise in line for noise in _NOISE) or line[0] in "+|":
+        if any(noise in line for noise in _NOISE) or line[0] in "+|" or _CALM.match(line):
             level = logging.DEBUG
         elif found:
             level = logging.ERROR if line[0] in "EF" and not failure else logging.DEBUG

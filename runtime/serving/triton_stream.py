@@ -9,83 +9,24 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
 
-from apar.export.errors import AparError
+from apar.runtime.serving.model_responses import (
+    DEADLINE,
+    FAILED,
+    MODEL,
+    UNAVAILABLE,
+    ModelResponse,
+    TritonError,
+    model_error,
+    read_response,
+)
 
-MODEL = "apar"
 CONNECT_SECONDS = 10.0
 MAX_EVENT_BYTES = 16 << 20
 """Of one server-sent event: far more than any response has."""
-
-UNAVAILABLE, FAILED, DEADLINE = "engine_unavailable", "engine_failed", "deadline_exceeded"
-CODES = {
-    "invalid_request",
-    "context_exceeded",
-    "overloaded",
-    UNAVAILABLE,
-    FAILED,
-    DEADLINE,
-    "cancelled",
-    "internal",
-}
-"""What the model puts in front of an error's sentence."""
-
-
-class TritonError(AparError):
-    """The server answered with an error, or not at all (`silent`).
-
-    `code` is one of CODES, or "" for an error of Triton's own.
-    """
-
-    def __init__(self, code: str, message: str, silent: bool = False) -> None:
-        super().__init__(message)
-        self.code = code
-        self.silent = silent
-
-
-@dataclass(slots=True)
-class BranchStep:
-    """What one branch did."""
-
-    kind: str
-    """`fork`, `delta` or `finish`."""
-    branch_id: int
-    parent_id: int
-    """-1 for the root."""
-    depth: int
-    text: str
-    """Of a delta; of a finish the reason."""
-    tokens: int
-    """Tokens of a delta."""
-    step: int
-    """The engine's step."""
-
-
-@dataclass(slots=True)
-class Final:
-    """The last response's figures."""
-
-    finish_reason: str
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int
-    branches: int
-    steps: int
-    seed: int
-
-
-@dataclass(slots=True)
-class ModelResponse:
-    """One response: text in reading order that is new, and what else was asked for."""
-
-    text: str
-    events: list[BranchStep] = field(default_factory=list)
-    logprobs: list[dict[str, Any]] = field(default_factory=list)
-    final: Final | None = None
 
 
 class IdleWatch:
@@ -188,24 +129,6 @@ def encode(inputs: Mapping[str, Any]) -> bytes:
         raise TritonError("invalid_request", "a text holds a lone surrogate (half a UTF-16 pair)") from error
 
 
-def read_response(message: Mapping[str, Any]) -> ModelResponse:
-    """One response from its tensors by name. Raises TritonError where it is an error."""
-    if "error" in message:
-        raise _model_error(str(message["error"]))
-    events: list[BranchStep] = []
-    kinds = _vector(message.get("event"))
-    if kinds:
-        columns = [_vector(message[name]) for name in ("branch_id", "parent_id", "depth", "event_text", "event_tokens")]
-        steps = _vector(message.get("event_step")) or [0] * len(kinds)
-        events = [BranchStep(*row) for row in zip(kinds, *columns, steps, strict=True)]
-    final = None
-    if message.get("finish_reason"):
-        counts = ("prompt_tokens", "completion_tokens", "cached_tokens", "branches", "steps", "seed")
-        final = Final(str(message["finish_reason"]), *(int(message.get(name, 0)) for name in counts))
-    logprobs = json.loads(message["logprobs"]) if message.get("logprobs") else []
-    return ModelResponse(str(message.get("text_output", "")), events, logprobs, final)
-
-
 async def _events(content: aiohttp.StreamReader) -> AsyncIterator[dict[str, Any]]:
     """JSON of each server-sent event."""
     held = b""
@@ -219,20 +142,9 @@ async def _events(content: aiohttp.StreamReader) -> AsyncIterator[dict[str, Any]
                 yield json.loads(event[5:])
 
 
-def _vector(value: Any) -> list[Any]:
-    """Triton writes a vector of one element as a scalar."""
-    return value if isinstance(value, list) else [] if value is None else [value]
-
-
 def _triton_error(body: str) -> TritonError:
     try:
-        return _model_error(str(json.loads(body)["error"]))
+        # An error before the first response has a status of its own, but is written as an event all the same.
+        return model_error(str(json.loads(body.removeprefix("data:"))["error"]))
     except (ValueError, KeyError, TypeError):
         return TritonError("internal", f"the server answered: {body[:200]}")
-
-
-def _model_error(text: str) -> TritonError:
-    code, colon, sentence = text.partition(": ")
-    if colon and code in CODES:
-        return TritonError(code, sentence)
-    return TritonError("", text)

@@ -25,8 +25,9 @@ from apar.runtime.serving.gateway.replies import Reply
 from apar.runtime.serving.gateway.requests import Job, chat_job, completions_job
 from apar.runtime.serving.gateway.settings import GatewaySettings
 from apar.runtime.serving.gateway.streams import run_job
+from apar.runtime.serving.model_responses import TritonError
 from apar.runtime.serving.probe import Probe
-from apar.runtime.serving.triton_stream import IdleWatch, TritonError
+from apar.runtime.serving.triton_stream import IdleWatch
 
 logger = logging.getLogger("apar.serving.gateway")
 

@@ -8,7 +8,7 @@ from typing import Any
 from aiohttp import web
 
 from apar.export.errors import AparError
-from apar.runtime.serving.triton_stream import TritonError
+from apar.runtime.serving.model_responses import TritonError
 
 _OF_CODE = {
     "invalid_request": (400, "invalid_request_error", None),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from apar.export.errors import RequestError
 from apar.runtime.sampling_params import SamplingParams
 from apar.runtime.serving.gateway.errors import ApiError
+from apar.runtime.serving.model_inputs import model_inputs
 
 _SAMPLING = {
     "temperature": "temperature",
@@ -35,8 +35,6 @@ _SAMPLING = {
     "fork": "fork",
 }
 """Field of a request -> parameter of SamplingParams."""
-_INPUT = {"stop": "stop_words"}
-"""Parameter -> input of the model, where they differ."""
 _OF_THE_GATEWAY = {"model", "stream", "stream_options", "n", "max_tokens", "logprobs", "branch_events", "timeout_ms"}
 _OF_CHAT = {"messages", "max_completion_tokens", "top_logprobs"}
 _OF_COMPLETIONS = {"prompt", "echo", "suffix", "best_of"}
@@ -93,15 +91,7 @@ def read_common(body: Mapping[str, Any], chat: bool, model_name: str, max_tokens
     if values.get("stop") == "" or values.get("stop") == []:
         del values["stop"]
     params = _sampling(values)
-    inputs: dict[str, Any] = {}
-    for parameter in values:
-        value = getattr(params, parameter)
-        if parameter == "logit_bias":
-            value = json.dumps({str(key): bias for key, bias in value.items()})
-        elif isinstance(value, tuple):
-            value = list(value)
-        if value != []:
-            inputs[_INPUT.get(parameter, parameter)] = value
+    inputs = model_inputs(params, values)
     options = _object(body, "stream_options")
     milliseconds = _whole(body, "timeout_ms", 1, 2**31 - 1)
     seconds = deadline if milliseconds is None else min(deadline, milliseconds / 1e3)

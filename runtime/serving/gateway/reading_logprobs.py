@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from apar.runtime.serving.triton_stream import BranchStep
+from apar.runtime.serving.model_responses import BranchStep
 
 Entry = dict[str, Any]
 """Log-probability of one token as the model gives it: branch_id, token, bytes, logprob, top."""

@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from apar.runtime.outputs import DeltaEvent, FinishEvent, ForkEvent
 from apar.runtime.reading_order import EventAssembler
 from apar.runtime.serving.gateway.reading_logprobs import Entry, ReadingLogprobs
 from apar.runtime.serving.gateway.requests import Job
-from apar.runtime.serving.triton_stream import BranchStep, Final, ModelResponse
+from apar.runtime.serving.model_responses import BranchStep, Final, ModelResponse
 
 FINISH_REASONS = {"stop": "stop", "stop_string": "stop", "length": "length", "cancelled": "stop"}
 DONE = b"data: [DONE]\n\n"
@@ -90,7 +89,7 @@ class Reply:
         choice.logprobs += self._take(choice, response)
         if self._job.common.branch_events:
             for event in response.events:
-                choice.tree.feed(_typed(event))
+                choice.tree.feed(event.event())
 
     def whole(self) -> dict[str, Any]:
         """The answer as one object, once every response has been taken."""
@@ -184,14 +183,6 @@ def event_object(event: BranchStep) -> dict[str, Any]:
     else:
         found["finish_reason"] = event.text
     return found
-
-
-def _typed(event: BranchStep) -> ForkEvent | DeltaEvent | FinishEvent:
-    if event.kind == "fork":
-        return ForkEvent("", event.branch_id, event.parent_id, event.depth, event.step)
-    if event.kind == "delta":
-        return DeltaEvent("", event.branch_id, event.depth, event.text, [], event.step)
-    return FinishEvent("", event.branch_id, event.depth, event.text, event.step)  # type: ignore[arg-type]
 
 
 def _figures(final: Final) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from uuid import uuid4
 import aiohttp
 
 from apar.runtime.serving.gateway.requests import Job
-from apar.runtime.serving.triton_stream import IdleWatch, ModelResponse, TritonError, stream_model
+from apar.runtime.serving.model_responses import ModelResponse, TritonError
+from apar.runtime.serving.triton_stream import IdleWatch, stream_model
 
 Item = tuple[int, ModelResponse]
 
