@@ -11,7 +11,7 @@ import pytest
 from apar.runtime.serving.gateway.admission import Admission
 from apar.runtime.serving.gateway.errors import ApiError
 from apar.runtime.serving.gateway.reading_logprobs import ReadingLogprobs
-from apar.runtime.serving.triton_stream import BranchStep
+from apar.runtime.serving.model_responses import BranchStep
 
 
 def entry(branch: int, token: str) -> dict[str, Any]:

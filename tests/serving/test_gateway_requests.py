@@ -13,7 +13,8 @@ from apar.runtime.serving.gateway.errors import ApiError
 from apar.runtime.serving.gateway.json_body import depth, parse
 from apar.runtime.serving.gateway.requests import Job, chat_job, completions_job
 from apar.runtime.serving.gateway.settings import GatewaySettings
-from apar.runtime.serving.triton_stream import TritonError, encode, read_response
+from apar.runtime.serving.model_responses import TritonError, read_response
+from apar.runtime.serving.triton_stream import encode
 
 SETTINGS = GatewaySettings("tiny", max_context=1024, created=0, deadline=100.0, max_choices=4)
 USER = [{"role": "user", "content": "Hello"}]
