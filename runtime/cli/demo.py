@@ -20,6 +20,7 @@ from apar.export.errors import RequestError, ServingError
 from apar.runtime.cli.engine_options import find_engine
 from apar.runtime.cli.parser import Parser, seconds
 from apar.runtime.cli.sampling_options import add_sampling_options, sampling_params
+from apar.runtime.cli.serve import server_for
 
 QUESTION = "Give me four facts about owls."
 START_SECONDS, STOP_SECONDS = 180.0, 60.0
@@ -68,6 +69,8 @@ def run(options: argparse.Namespace) -> int:
         params = sampling_params(options)
     except RequestError as error:
         options.parser.error(str(error))
+    if params.bad_words_ids:
+        options.parser.error("--bad-words-ids is not for a served model; give the words: --bad-words TEXT")
     _require_packages()
 
     from apar.runtime.serving.grpc_view import show_answers
@@ -75,6 +78,7 @@ def run(options: argparse.Namespace) -> int:
 
     names = [field.name for field in dataclasses.fields(params) if hasattr(options, field.name)]
     inputs = {**model_inputs(params, names), "branch_events": True}
+    server_for(options)
     find_engine("tiny", quiet=options.quiet)
     live = options.view == "live" or (options.view == "auto" and sys.stdout.isatty() and sys.stderr.isatty())
     form = "events" if options.events else "live" if live else "text"
@@ -113,8 +117,6 @@ def _service(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             command += [f"--triton-{name}-port", "0"]
         if options.tritonserver:
             command += ["--tritonserver", options.tritonserver]
-        if options.install_server:
-            command += ["--install-server"]
         if options.debug:
             command += ["--debug"]
         # It ends with this process, however that ends, and does not hear the terminal's Ctrl-C by itself.

@@ -136,7 +136,7 @@ def run(options: argparse.Namespace) -> int:
     if not options.debug:
         logging.getLogger("apar").setLevel(logging.INFO)
     listener = bind(options.host, options.port)
-    server = _server(options)
+    server = server_for(options)
     directory = find_engine(options.engine, quiet=options.quiet)
     parameters = _parameters(options, directory.resolve(), limits)
     gateway = _gateway_settings(options, directory, keys)
@@ -188,7 +188,8 @@ def _api_keys(options: argparse.Namespace) -> tuple[str, ...]:
     return tuple(keys)
 
 
-def _server(options: argparse.Namespace) -> TritonServer:
+def server_for(options: argparse.Namespace) -> TritonServer:
+    """The server that the options name or allow to install. Raises ServingError."""
     from apar.runtime.serving.triton_server import find_server, own_folder
 
     try:

@@ -108,7 +108,9 @@ class ServedProcess:
 
     def engine_pid(self) -> int:
         """Process id of the engine."""
-        found = [pid for pid in traces.processes_of(self._identity) if b"apar.runtime.serving" in command_of(pid)]
+        found = [
+            pid for pid in traces.processes_of(self._identity) if b"apar.runtime.serving.engine" in command_of(pid)
+        ]
         assert len(found) == 1, found
         return found[0]
 
