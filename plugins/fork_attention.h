@@ -136,8 +136,8 @@ typedef struct AparForkAttention AparForkAttention;
 /* The APAR_ABI_VERSION this library implements. */
 APAR_EXPORT int32_t apar_abi_version(void);
 
-/* Name of the instruction set that kernels are taken from: "generic", "avx2" or "avx512". The best
- * one of the machine, or what the environment variable APAR_CPU_ISA says; null if that is no name
+/* Name of the instruction set that kernels are taken from: "generic", "avx2", "avx512" or
+ * "avx512_vnni". The best one of the machine, or what the environment variable APAR_CPU_ISA says; null if that is no name
  * of an instruction set that this machine has. */
 APAR_EXPORT const char* apar_cpu_isa(void);
 

@@ -4,24 +4,25 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstdarg>
-#include <cstdio>
 #include <cstring>
 #include <limits>
 #include <memory>
 #include <new>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "cpu/isa.h"
 #include "cpu/kernels.h"
 #include "cpu/rope_table.h"
+#include "cpu/support.h"
 
+using apar::cpu::Buffer;
+using apar::cpu::hardware_threads;
 using apar::cpu::Isa;
 using apar::cpu::Kernels;
 using apar::cpu::kMaxChunkKeys;
 using apar::cpu::kTileQueries;
+using apar::cpu::Message;
 using apar::cpu::Pool;
 using apar::cpu::Query;
 using apar::cpu::RopeTable;
@@ -40,41 +41,6 @@ struct AparForkAttention {
 };
 
 namespace {
-
-// Where a failure's sentence goes.
-struct Message {
-  char* text;
-  size_t size;
-
-  __attribute__((format(printf, 3, 4))) AparStatus fail(AparStatus status, const char* format, ...) const {
-    if (size > 0) {
-      va_list arguments;
-      va_start(arguments, format);
-      std::vsnprintf(text, size, format, arguments);
-      va_end(arguments);
-    }
-    return status;
-  }
-};
-
-// Memory that grows and is kept from step to step; contents are not.
-template <class T>
-class Buffer {
- public:
-  T* reserve(size_t size) {
-    if (size > size_) {
-      data_.reset();
-      size_ = 0;
-      data_.reset(new T[size]);
-      size_ = size;
-    }
-    return data_.get();
-  }
-
- private:
-  std::unique_ptr<T[]> data_;
-  size_t size_ = 0;
-};
 
 // Queries of one key/value head that are computed together: either whole rows that share their first
 // chunks, or a part of one row. A row's queries are numbered token * group + head of the group.
@@ -126,11 +92,6 @@ struct Workspace {
 Workspace& workspace() {
   thread_local Workspace instance;
   return instance;
-}
-
-int32_t hardware_threads() {
-  static const int32_t count = std::max(1, static_cast<int32_t>(std::thread::hardware_concurrency()));
-  return count;
 }
 
 // ------------------------------------------------------------------ checks
@@ -550,8 +511,8 @@ class Step {
 const Kernels* kernels_of(Isa isa, int32_t block_size) {
 #if defined(__x86_64__)
   // A vector of keys must fit into a block.
-  if (isa == Isa::kAvx512 && block_size % 16 != 0 && block_size % 8 == 0) return &apar::cpu::kAvx2Kernels;
-  if (isa == Isa::kAvx512) return &apar::cpu::kAvx512Kernels;
+  if (isa >= Isa::kAvx512 && block_size % 16 != 0 && block_size % 8 == 0) return &apar::cpu::kAvx2Kernels;
+  if (isa >= Isa::kAvx512) return &apar::cpu::kAvx512Kernels;
   if (isa == Isa::kAvx2) return &apar::cpu::kAvx2Kernels;
 #endif
   static_cast<void>(isa);

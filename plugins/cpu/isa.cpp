@@ -14,6 +14,7 @@ bool available(Isa isa) {
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (isa == Isa::kAvx2) return avx2;
   if (isa == Isa::kAvx512) return avx512;
+  if (isa == Isa::kAvx512Vnni) return avx512 && __builtin_cpu_supports("avx512vnni");
 #endif
   return isa == Isa::kGeneric;
 }
@@ -22,6 +23,8 @@ bool available(Isa isa) {
 
 const char* isa_name(Isa isa) {
   switch (isa) {
+    case Isa::kAvx512Vnni:
+      return "avx512_vnni";
     case Isa::kAvx512:
       return "avx512";
     case Isa::kAvx2:
@@ -36,7 +39,7 @@ bool choose_isa(Isa* isa, std::string* error) {
   const char* wish = std::getenv("APAR_CPU_ISA");
   if (wish != nullptr && *wish == '\0') wish = nullptr;
   std::string have;
-  for (const Isa candidate : {Isa::kAvx512, Isa::kAvx2, Isa::kGeneric}) {
+  for (const Isa candidate : {Isa::kAvx512Vnni, Isa::kAvx512, Isa::kAvx2, Isa::kGeneric}) {
     if (!available(candidate)) continue;
     if (wish == nullptr || std::string(wish) == isa_name(candidate)) {
       *isa = candidate;

@@ -7,7 +7,8 @@
 namespace apar {
 namespace cpu {
 
-enum class Isa { kGeneric, kAvx2, kAvx512 };
+// From the least to the most; each has all that those before it have.
+enum class Isa { kGeneric, kAvx2, kAvx512, kAvx512Vnni };
 
 const char* isa_name(Isa isa);
 

@@ -17,6 +17,7 @@
 #include <string.h>
 
 #include "cpu/kernels.h"
+#include "cpu/vector_math.h"
 
 namespace apar {
 namespace cpu {
@@ -242,22 +243,6 @@ struct Simd {
 
   // ---------------------------------------------------------------- softmax
 
-  static Reg exp2_of(Reg x) {
-    // 2^x = 2^n 2^f with n = round(x), |f| <= 1/2; 2^f by its Taylor series, error below 1e-8.
-    const Reg bounded = V::max(V::set(-126.0f), x);
-    const Reg n = V::round(bounded);
-    const Reg f = V::fma(n, V::set(-1.0f), bounded);
-    Reg y = V::set(1.5252734e-5f);
-    y = V::fma(y, f, V::set(1.5403531e-4f));
-    y = V::fma(y, f, V::set(1.3333558e-3f));
-    y = V::fma(y, f, V::set(9.6181291e-3f));
-    y = V::fma(y, f, V::set(5.5504109e-2f));
-    y = V::fma(y, f, V::set(2.4022651e-1f));
-    y = V::fma(y, f, V::set(6.9314718e-1f));
-    y = V::fma(y, f, V::set(1.0f));
-    return V::zero_below(V::mul(y, V::pow2(n)), x, -126.0f);
-  }
-
   static bool visible(const Query& query, int32_t key) {
     if (key >= query.limit) return false;
     if (key < query.context || query.mask == nullptr) return true;
@@ -296,7 +281,7 @@ struct Simd {
     const Reg one = V::set(1.0f);
     Reg total = V::set(0.0f);
     for (int32_t k = 0; k < padded; k += W) {
-      const Reg p = exp2_of(V::fma(V::load(s + k), one, shift));
+      const Reg p = exp2_of<V>(V::fma(V::load(s + k), one, shift));
       V::store(s + k, p);
       total = V::fma(p, one, total);
     }

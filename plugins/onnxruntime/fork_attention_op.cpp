@@ -198,17 +198,6 @@ OrtStatus* output(OrtKernelContext* context, size_t index, const int64_t* dims, 
   return api->GetTensorMutableData(value, data);
 }
 
-// The session's own threads. Tasks are coarse, so each is a batch of its own and threads take them as
-// they come.
-void parallel_for(void* context, void (*body)(void*, size_t), size_t total, void* data) {
-  OrtStatus* status =
-      api->KernelContext_ParallelFor(static_cast<const OrtKernelContext*>(context), body, total, total, data);
-  if (status == nullptr) return;
-  // It fails only before it has started anything.
-  api->ReleaseStatus(status);
-  for (size_t i = 0; i < total; ++i) body(data, i);
-}
-
 OrtStatus* ORT_API_CALL compute(void* self, OrtKernelContext* context) {
   const Kernel& kernel = *static_cast<const Kernel*>(self);
   try {

@@ -26,8 +26,20 @@ using ShapeInfo = std::unique_ptr<OrtTensorTypeAndShapeInfo, Release>;
 
 inline OrtStatus* error(const char* message) { return api->CreateStatus(ORT_INVALID_ARGUMENT, message); }
 
-// Each operator adds itself (one custom op per element type) to the domain.
+// The session's own threads. Tasks are coarse, so each is a batch of its own and threads take them as
+// they come.
+inline void parallel_for(void* context, void (*body)(void*, size_t), size_t total, void* data) {
+  OrtStatus* status =
+      api->KernelContext_ParallelFor(static_cast<const OrtKernelContext*>(context), body, total, total, data);
+  if (status == nullptr) return;
+  // It fails only before it has started anything.
+  api->ReleaseStatus(status);
+  for (size_t i = 0; i < total; ++i) body(data, i);
+}
+
+// Each operator adds itself (one custom op for each element type of the pool) to the domain.
 OrtStatus* add_fork_attention(OrtCustomOpDomain* domain);
+OrtStatus* add_linear(OrtCustomOpDomain* domain);
 
 }  // namespace ort
 }  // namespace apar

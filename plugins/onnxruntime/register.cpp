@@ -21,7 +21,8 @@ extern "C" APAR_EXPORT OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOptio
   static OrtCustomOpDomain* domain = nullptr;
   static OrtStatus* (*const create)(OrtCustomOpDomain**) = [](OrtCustomOpDomain** made) -> OrtStatus* {
     APAR_ORT_TRY(api->CreateCustomOpDomain(apar::ort::kDomain, made));
-    return apar::ort::add_fork_attention(*made);
+    APAR_ORT_TRY(apar::ort::add_fork_attention(*made));
+    return apar::ort::add_linear(*made);
   };
   static OrtStatus* const failure = create(&domain);
   if (failure != nullptr) return api->CreateStatus(api->GetErrorCode(failure), api->GetErrorMessage(failure));

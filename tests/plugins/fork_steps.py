@@ -54,7 +54,7 @@ def available_isas() -> list[str]:
     before = os.environ.get("APAR_CPU_ISA")
     found = []
     try:
-        for isa in ("avx512", "avx2", "generic"):
+        for isa in ("avx512_vnni", "avx512", "avx2", "generic"):
             os.environ["APAR_CPU_ISA"] = isa
             if entry_points().apar_cpu_isa() == isa.encode():
                 found.append(isa)
