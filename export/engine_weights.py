@@ -13,7 +13,7 @@ import onnx
 
 from apar.export.errors import EngineError
 from apar.export.manifest import GRAPH_NAME, HEADS_GRAPH_NAME, Manifest
-from apar.export.quantize import dequantize_rows
+from apar.export.quantize import QuantizedRows, unpack
 from apar.export.tensor_files import FLOAT_TYPES, to_float32
 
 
@@ -34,8 +34,15 @@ class _Region:
 class _Grouped:
     packed: _Region
     scales: _Region
+    zeros: _Region | None
     bits: int
     columns: int
+
+    def values(self) -> npt.NDArray[np.float32]:
+        packed, groups = self.packed.map(), self.scales.shape[1]
+        codes = unpack(packed, self.bits, packed.shape[2] * 8 // self.bits)
+        zeros = None if self.zeros is None else unpack(self.zeros.map(), self.bits, groups)
+        return QuantizedRows(codes, self.scales.map(), zeros, self.bits, self.columns).values()
 
 
 class EngineWeights(Mapping[str, npt.NDArray[np.float32]]):
@@ -47,7 +54,7 @@ class EngineWeights(Mapping[str, npt.NDArray[np.float32]]):
     def __getitem__(self, name: str) -> npt.NDArray[np.float32]:
         entry = self._entries[name]
         if isinstance(entry, _Grouped):
-            return dequantize_rows(entry.packed.map(), entry.scales.map(), entry.bits, entry.columns)
+            return entry.values()
         return to_float32(entry.map())
 
     def __iter__(self) -> Iterator[str]:
@@ -93,10 +100,14 @@ def _entries(engine_dir: Path, graph: onnx.GraphProto) -> dict[str, _Region | _G
     for node in graph.node:
         if node.op_type == "MatMulNBits":
             attributes = {a.name: a.i for a in node.attribute}
-            packed, scales = node.input[1], node.input[2]
-            used |= {packed, scales}
+            packed, scales, zeros = (*node.input[1:4], "")[:3]
+            used |= {packed, scales, zeros}
             entries[packed.removesuffix(".packed")] = _Grouped(
-                regions[packed], regions[scales], attributes["bits"], attributes["K"]
+                regions[packed],
+                regions[scales],
+                regions[zeros] if zeros else None,
+                attributes["bits"],
+                attributes["K"],
             )
     return entries | {name: region for name, region in regions.items() if name not in used}
 

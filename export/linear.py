@@ -23,8 +23,10 @@ class StoredLinear:
             inputs = [value, graph.float32(weight), *([graph.plain(bias)] if bias else [])]
             return graph.node("Gemm", inputs, output, transB=1)
         inputs = [value, graph.initializer(stored.packed), graph.initializer(stored.scales)]
+        if stored.zeros or bias:
+            inputs.append(graph.initializer(stored.zeros) if stored.zeros else "")
         if bias:
-            inputs += ["", "", graph.plain(bias)]
+            inputs += ["", graph.plain(bias)]
         out, columns = stored.shape
         return graph.node(
             "MatMulNBits",

@@ -32,6 +32,8 @@ WEIGHTS_NAME = "model.onnx.data"
 DTYPES = ("float32", "float16", "bfloat16")
 KV_DTYPES = ("float32", "float16")
 QUANTIZATIONS = ("none", "int8", "int4")
+METHODS = ("rtn", "gptq")
+"""How codes of quantised matrices are chosen: round to nearest, or with error compensation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +105,10 @@ class Manifest:
     quantize: str = "none"
     group_size: int = 0
     """Input channels that share a scale in quantised matrices; 0 where nothing is quantised."""
+    zero_points: bool = False
+    """Groups of quantised matrices have zero points of their own."""
+    quantize_method: str = "none"
+    """How codes were chosen: "rtn" or "gptq"; "none" where nothing is quantised."""
     draft_heads: DraftHeads | None = None
     """Medusa heads in `heads.onnx`; None: the engine has none."""
     source: str = ""

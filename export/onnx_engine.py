@@ -7,17 +7,19 @@ sibling directory, which becomes the engine by one rename after the manifest, th
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import onnx
 
 from apar.export.attention import ForkAttention, TreeMaskAttention
+from apar.export.calibration import CalibrationPass, Sample
 from apar.export.checkpoint import Checkpoint
 from apar.export.control_tokens import resolve_tokens
 from apar.export.decoder import Attention, build_decoder
 from apar.export.errors import BuildError
+from apar.export.gptq import gptq_rows
 from apar.export.heads_graph import build_heads
 from apar.export.linear import StoredLinear
 from apar.export.manifest import (
@@ -26,6 +28,7 @@ from apar.export.manifest import (
     HEADS_GRAPH_NAME,
     KV_DTYPES,
     MANIFEST_NAME,
+    METHODS,
     PORTABLE_GRAPH_NAME,
     QUANTIZATIONS,
     WEIGHTS_NAME,
@@ -33,14 +36,17 @@ from apar.export.manifest import (
     Manifest,
 )
 from apar.export.output_directory import OutputDirectory, sync
-from apar.export.quantize import BITS, GROUP_SIZES
+from apar.export.quantize import BITS, GROUP_SIZES, Float32Array, QuantizedRows
 from apar.export.tensor_files import FLOAT_TYPES
-from apar.export.tokenizer_files import read_tokenizer
+from apar.export.tokenizer_files import TokenizerFiles, read_tokenizer
 from apar.export.weight_plan import Kind, Weight, weight_plan
 from apar.export.weights_file import StoredWeight, WeightsFile
 
 Progress = Callable[[str, int, int], None]
 """Called with the stage's name ("weights", then "graph"), and bytes done and in all."""
+
+Calibration = Callable[[Manifest, TokenizerFiles], Sequence[Sample]]
+"""Gives the tokens that an engine is calibrated with; `apar.runtime.calibration` makes them from text."""
 
 DEFAULT_GROUP_SIZE = 32
 BLOCK_SIZES = (8, 16, 32, 64, 128)
@@ -54,6 +60,9 @@ def build(
     dtype: str = "float32",
     quantize: str = "none",
     group_size: int | None = None,
+    quantize_method: str | None = None,
+    zero_points: bool = False,
+    calibration: Calibration | None = None,
     block_size: int = 16,
     kv_dtype: str = "auto",
     fork_token: str | int | None = None,
@@ -70,6 +79,10 @@ def build(
             are always float32). A quantised build stores its embeddings as float16 where this says float32.
         quantize: "none", "int8" or "int4" for all projections; int4 keeps lm_head at int8.
         group_size: input channels that share a scale (32 by default).
+        quantize_method: "rtn" rounds to nearest; "gptq" makes codes of the layers' projections make up for each
+            other's errors on the tokens of `calibration`. By default gptq for int4 with a calibration, else rtn.
+        zero_points: groups have zero points of their own, not only scales.
+        calibration: tokens for gptq.
         block_size: tokens in a block of the KV pool.
         kv_dtype: element type of the pools of `model.onnx`; "auto" is float32 for a plain float32 engine,
             otherwise float16.
@@ -84,6 +97,7 @@ def build(
     """
     checkpoint, output = Path(checkpoint), Path(output)
     group_size = _check_options(dtype, quantize, group_size, block_size, kv_dtype)
+    method = _method(quantize, quantize_method, zero_points, calibration)
     source = Checkpoint.open(checkpoint, draft_heads)
     tokenizer = read_tokenizer(checkpoint)
     manifest = Manifest(
@@ -94,15 +108,19 @@ def build(
         kv_dtype=_kv_dtype(kv_dtype, dtype, quantize),
         quantize=quantize,
         group_size=group_size,
+        zero_points=zero_points,
+        quantize_method=method,
         draft_heads=source.heads.shape if source.heads else None,
         source=checkpoint.resolve().name,
         apar_version=_version(),
     )
     plan = list(weight_plan(manifest.decoder, quantized=quantize != "none", heads=manifest.draft_heads))
     storage = {weight.name: _storage(weight, manifest) for weight in plan}
-    needed = sum(_stored_bytes(weight, storage[weight.name], group_size) for weight in plan)
+    samples = calibration(manifest, tokenizer) if calibration is not None and method == "gptq" else ()
+    needed = sum(_stored_bytes(weight, storage[weight.name], manifest) for weight in plan)
     with OutputDirectory(output, overwrite=overwrite, needed_bytes=needed + _SPARE_BYTES) as directory:
-        weights = _write_weights(source, plan, storage, group_size, directory, progress)
+        chosen = _calibrated(source, samples, manifest) if method == "gptq" else iter(())
+        weights = _write_weights(source, plan, storage, manifest, chosen, directory, progress)
         _write_graphs(manifest, weights, directory, progress)
         tokenizer.write(directory)
         files = {path.name: path.stat().st_size for path in sorted(directory.iterdir()) if path.name != MANIFEST_NAME}
@@ -134,6 +152,23 @@ def _check_options(dtype: str, quantize: str, group_size: int | None, block_size
     return group_size
 
 
+def _method(quantize: str, method: str | None, zero_points: bool, calibration: Calibration | None) -> str:
+    if quantize == "none":
+        if method is not None or zero_points or calibration is not None:
+            raise BuildError(
+                "quantize_method, zero_points and calibration have no meaning without quantize; "
+                "give quantize int8 or int4 too"
+            )
+        return "none"
+    if method is None:
+        return "gptq" if quantize == "int4" and calibration is not None else "rtn"
+    if method not in METHODS:
+        raise BuildError(f"quantize_method {method!r} is not supported; choose one of {', '.join(METHODS)}")
+    if method == "gptq" and calibration is None:
+        raise BuildError("quantize_method gptq needs a calibration; give one, or choose rtn")
+    return method
+
+
 def _max_context(source: Checkpoint, wanted: int | None) -> int:
     if wanted is None:
         return source.decoder.max_context
@@ -161,19 +196,31 @@ def _storage(weight: Weight, manifest: Manifest) -> str:
     return "int8" if weight.name.endswith("lm_head.weight") else manifest.quantize
 
 
-def _stored_bytes(weight: Weight, storage: str, group_size: int) -> int:
+def _stored_bytes(weight: Weight, storage: str, manifest: Manifest) -> int:
     rows, columns = weight.shape[0], weight.shape[1] if len(weight.shape) > 1 else 1
     if storage in BITS:
-        groups = -(-columns // group_size)
-        return rows * groups * (group_size * BITS[storage] // 8 + 4)
+        groups = -(-columns // manifest.group_size)
+        return rows * groups * (manifest.group_size * BITS[storage] // 8 + 4 + manifest.zero_points)
     return rows * columns * FLOAT_TYPES[storage].itemsize
+
+
+def _calibrated(
+    source: Checkpoint, samples: Sequence[Sample], manifest: Manifest
+) -> Iterator[tuple[str, QuantizedRows]]:
+    """Name and codes of every layer's projections, in the order of the plan."""
+
+    def quantize(name: str, rows: Float32Array, hessian: Float32Array) -> QuantizedRows:
+        return gptq_rows(rows, hessian, BITS[manifest.quantize], manifest.group_size, manifest.zero_points)
+
+    return CalibrationPass(source, samples, quantize).layers()
 
 
 def _write_weights(
     source: Checkpoint,
     plan: Sequence[Weight],
     storage: Mapping[str, str],
-    group_size: int,
+    manifest: Manifest,
+    chosen: Iterator[tuple[str, QuantizedRows]],
     directory: Path,
     progress: Progress | None,
 ) -> Mapping[str, StoredWeight]:
@@ -190,8 +237,17 @@ def _write_weights(
         with WeightsFile(directory / WEIGHTS_NAME, advance) as file:
             for weight in plan:
                 kind = storage[weight.name]
-                if kind in BITS:
-                    file.add_grouped(weight, source, BITS[kind], group_size)
+                if (
+                    manifest.quantize_method == "gptq"
+                    and weight.kind is Kind.LINEAR
+                    and weight.name.startswith("layers.")
+                ):
+                    name, codes = next(chosen)
+                    assert name == weight.name, f"{name} comes where {weight.name} is due"
+                    file.add_quantized(weight, codes)
+                    advance(_checkpoint_bytes(source, weight))
+                elif kind in BITS:
+                    file.add_grouped(weight, source, BITS[kind], manifest.group_size, manifest.zero_points)
                 else:
                     file.add_plain(weight, source, kind)
             return file.weights

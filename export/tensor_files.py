@@ -68,6 +68,13 @@ def to_float32(values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
     return values.astype(np.float32, copy=False)
 
 
+def check_finite(values: npt.NDArray[np.float32], tensor: StoredTensor) -> npt.NDArray[np.float32]:
+    """`values`, which were read from `tensor`. Raises CheckpointError for NaN and infinity."""
+    if values.size and not (np.isfinite(values.min()) and np.isfinite(values.max())):
+        raise CheckpointError(f"{tensor.path}: tensor {tensor.name} holds NaN or infinity; the checkpoint is damaged")
+    return values
+
+
 def read_safetensors(path: Path) -> dict[str, StoredTensor]:
     """Tensors of one safetensors file, by its header alone.
 

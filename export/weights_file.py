@@ -16,9 +16,9 @@ import numpy.typing as npt
 import onnx
 
 from apar.export.checkpoint import Checkpoint
-from apar.export.errors import BuildError, CheckpointError
-from apar.export.quantize import quantize_rows
-from apar.export.tensor_files import FLOAT_TYPES, StoredTensor, to_float32
+from apar.export.errors import BuildError
+from apar.export.quantize import QuantizedRows, pack, quantize_rows
+from apar.export.tensor_files import FLOAT_TYPES, StoredTensor, check_finite, to_float32
 from apar.export.weight_plan import Weight
 
 _ALIGNMENT, _PAGE, _LARGE = 64, 4096, 1 << 20
@@ -39,10 +39,12 @@ class PlainWeight:
 
 @dataclass(frozen=True, slots=True)
 class GroupedWeight:
-    """A quantised matrix [out, in] in the layout of quantize.py."""
+    """A quantised matrix [out, in] in the layout of MatMulNBits."""
 
     packed: onnx.TensorProto
     scales: onnx.TensorProto
+    zeros: onnx.TensorProto | None
+    """Zero points; None where all groups are symmetric."""
     bits: int
     group_size: int
     shape: tuple[int, int]
@@ -91,9 +93,9 @@ class WeightsFile:
             values = tensor.read(start, stop)
             read = values.nbytes
             if values.dtype == element:
-                _check_finite(to_float32(values), tensor)
+                check_finite(to_float32(values), tensor)
                 return values, read
-            wide = _check_finite(to_float32(values), tensor)
+            wide = check_finite(to_float32(values), tensor)
             if dtype == "float16" and wide.size and max(-wide.min(), wide.max()) > np.finfo(np.float16).max:
                 raise BuildError(
                     f"{tensor.path}: tensor {tensor.name} has numbers beyond float16's range; build with dtype bfloat16"
@@ -110,30 +112,48 @@ class WeightsFile:
             self._append(weight.name, kind, weight.shape, element.itemsize, arrays())
         )
 
-    def add_grouped(self, weight: Weight, checkpoint: Checkpoint, bits: int, group_size: int) -> None:
-        """Append the matrix `weight` quantised to `bits` with one scale for `group_size` input channels."""
+    def add_grouped(
+        self, weight: Weight, checkpoint: Checkpoint, bits: int, group_size: int, zero_points: bool = False
+    ) -> None:
+        """Append the matrix `weight` rounded to nearest in `bits`, in groups of `group_size` input channels."""
+
+        def quantize(chunk: _Chunk) -> tuple[QuantizedRows, int]:
+            tensor, start, stop = chunk
+            values = tensor.read(start, stop)
+            rows = check_finite(to_float32(values), tensor)
+            return quantize_rows(rows, bits, group_size, zero_points), values.nbytes
+
+        def parts() -> Iterator[QuantizedRows]:
+            for rows, read in self._in_order(quantize, _chunks(weight, checkpoint)):
+                yield rows
+                self._progress(read)
+
+        self._add_parts(weight, parts(), bits, group_size, zero_points)
+
+    def add_quantized(self, weight: Weight, rows: QuantizedRows) -> None:
+        """Append the matrix `weight` with codes that were chosen elsewhere."""
+        self._add_parts(weight, [rows], rows.bits, rows.codes.shape[2], rows.zeros is not None)
+
+    def _add_parts(
+        self, weight: Weight, parts: Iterable[QuantizedRows], bits: int, group_size: int, zero_points: bool
+    ) -> None:
         scales: list[npt.NDArray[np.float32]] = []
+        zeros: list[npt.NDArray[np.uint8]] = []
         out, columns = weight.shape
         groups = -(-columns // group_size)
 
-        def quantize(
-            chunk: _Chunk,
-        ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32], int]:
-            tensor, start, stop = chunk
-            values = tensor.read(start, stop)
-            packed, scale = quantize_rows(_check_finite(to_float32(values), tensor), bits, group_size)
-            return packed, scale, values.nbytes
+        def codes() -> Iterator[npt.NDArray[Any]]:
+            for rows in parts:
+                scales.append(rows.scales)
+                if rows.zeros is not None:
+                    zeros.append(pack(rows.zeros, bits))
+                yield pack(rows.codes, bits)
 
-        def arrays() -> Iterator[npt.NDArray[Any]]:
-            for packed, scale, read in self._in_order(quantize, _chunks(weight, checkpoint)):
-                scales.append(scale)
-                yield packed
-                self._progress(read)
-
-        blob = group_size * bits // 8
-        packed = self._append(f"{weight.name}.packed", onnx.TensorProto.UINT8, (out, groups, blob), 1, arrays())
-        scale = self._append(f"{weight.name}.scales", onnx.TensorProto.FLOAT, (out, groups), 4, scales)
-        self.weights[weight.name] = GroupedWeight(packed, scale, bits, group_size, (out, columns))
+        byte, name = onnx.TensorProto.UINT8, weight.name
+        packed = self._append(f"{name}.packed", byte, (out, groups, group_size * bits // 8), 1, codes())
+        scale = self._append(f"{name}.scales", onnx.TensorProto.FLOAT, (out, groups), 4, scales)
+        zero = self._append(f"{name}.zeros", byte, (out, -(-groups * bits // 8)), 1, zeros) if zero_points else None
+        self.weights[name] = GroupedWeight(packed, scale, zero, bits, group_size, (out, columns))
 
     def _append(
         self, name: str, kind: int, shape: tuple[int, ...], width: int, arrays: Iterable[npt.NDArray[Any]]
@@ -170,9 +190,3 @@ def _chunks(weight: Weight, checkpoint: Checkpoint) -> Iterator[_Chunk]:
         rows = max(1, _CHUNK_ELEMENTS // max(tensor.row_size, 1))
         for start in range(0, tensor.shape[0], rows):
             yield tensor, start, min(start + rows, tensor.shape[0])
-
-
-def _check_finite(values: npt.NDArray[np.float32], tensor: StoredTensor) -> npt.NDArray[np.float32]:
-    if values.size and not (np.isfinite(values.min()) and np.isfinite(values.max())):
-        raise CheckpointError(f"{tensor.path}: tensor {tensor.name} holds NaN or infinity; the checkpoint is damaged")
-    return values

@@ -18,6 +18,7 @@ import tokenizers
 
 from apar.export.errors import CapacityError, RequestError, TokenizerError
 from apar.export.manifest import Manifest, TokenIds
+from apar.export.tokenizer_files import TokenizerFiles
 from apar.runtime import tokenizer_json
 from apar.runtime.tokenizer_json import REMEDY, TOKENIZER_NAME, AddedToken
 
@@ -103,6 +104,14 @@ class Tokenizer:
         if max_chars is None:
             tokenizer.max_chars = manifest.decoder.max_context * max(map(len, tokenizer.bytes_table))
         return tokenizer
+
+    @classmethod
+    def of_files(cls, files: TokenizerFiles, manifest: Manifest) -> Tokenizer:
+        """The tokenizer of a checkpoint from which the engine of `manifest` is built."""
+        config = {**files.special, **files.config}
+        template = _chat_template(files.directory, config)
+        size = manifest.decoder.vocab_size
+        return cls(files.tokenizer, manifest.tokens, vocab_size=size, config=config, chat_template=template)
 
     def __len__(self) -> int:
         """Number of ids that have bytes (the model's vocabulary, padding rows included)."""

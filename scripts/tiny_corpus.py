@@ -11,6 +11,7 @@ Which phrasings and which (topic, question type) pairs are held out is fixed: no
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import re
@@ -240,6 +241,13 @@ def as_apar_format(conversation: Conversation, index: int) -> list[dict[str, obj
         target = row[1 : -len(EOS)]
         rows.append({"index": name, "input": messages[-1]["content"], "history": messages[:-1], "target": target})
     return rows
+
+
+def as_calibration(conversation: Conversation) -> dict[str, object]:
+    """A conversation as quantisation is calibrated with it: the answer in pairs of main text and detail."""
+    answer = conversation.turns[-1].answer
+    segments = [list(node) for node in answer.nodes] + ([[answer.ending]] if answer.ending else [])
+    return {"messages": conversation.messages(), "answer": segments}
 
 
 def fill(template: str, topic: dict[str, str]) -> str:
@@ -508,14 +516,21 @@ def casual(rng: random.Random, question: str) -> str:
 
 
 def main() -> None:
-    """Write training rows in APAR's format, or the held-out prompts, as JSON."""
+    """Write training rows in APAR's format, the held-out prompts, or a calibration file, as JSON."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--conversations", type=int, default=1000, help="how many conversations")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--held-out", action="store_true", help="write the held-out prompts instead")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--held-out", action="store_true", help="write the held-out prompts instead")
+    kind.add_argument("--calibration", action="store_true", help="write JSON lines for `apar build --calibration`")
     args = parser.parse_args()
     corpus = Corpus()
+    if args.calibration:
+        chosen = itertools.islice(corpus.train(args.seed), args.conversations)
+        lines = [json.dumps(as_calibration(conversation), ensure_ascii=False) + "\n" for conversation in chosen]
+        args.output.write_text("".join(lines), encoding="utf-8")
+        return
     if args.held_out:
         data = corpus.held_out()
     else:

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,8 @@ def inspect(source: str) -> dict[str, Any]:
         "dtype": manifest.dtype,
         "quantize": manifest.quantize,
         "group_size": manifest.group_size,
+        "zero_points": manifest.zero_points,
+        "quantize_method": manifest.quantize_method,
         "block_size": manifest.block_size,
         "kv_dtype": manifest.kv_dtype,
         "kv_bytes_per_token": decoder.kv_bytes_per_token(manifest.kv_dtype),
@@ -107,7 +110,14 @@ def weights_text(manifest: Manifest) -> str:
     """How weights are stored, for people."""
     if manifest.quantize == "none":
         return manifest.dtype
-    return f"{manifest.quantize} in groups of {manifest.group_size}, the rest {manifest.dtype}"
+    return quantized_text(dataclasses.asdict(manifest))
+
+
+def quantized_text(facts: Mapping[str, Any]) -> str:
+    """How quantised weights are stored, from a manifest's fields."""
+    zeros = " with zero points" if facts["zero_points"] else ""
+    method, size = facts["quantize_method"], facts["group_size"]
+    return f"{facts['quantize']} in groups of {size}{zeros} ({method}), the rest {facts['dtype']}"
 
 
 def _planned(directory: Path) -> Manifest:
@@ -169,7 +179,7 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         kind += f" by apar {facts['apar_version']} (format {facts['format_version']}, ABI {facts['abi_version']})"
     weights = facts["dtype"]
     if facts["quantize"] != "none":
-        weights = f"{facts['quantize']} in groups of {facts['group_size']}, the rest {weights}"
+        weights = quantized_text(facts)
     extra = [n.replace("_", " ") for n in ("attention_bias", "mlp_bias", "tie_word_embeddings") if model[n]]
     graph = here["graph"] + (f" graph, {here['isa']} kernels" if here["isa"] else " graph")
     lines = [
