@@ -1,0 +1,165 @@
+"""Ahead-of-time compilation for GPUs that are not here, and the launch table as Python and C++ read it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import apar.plugins
+from apar.export.errors import PluginError
+from apar.plugins.gpu import pack
+from apar.plugins.gpu.builds import ARGUMENTS, KINDS, SMS, Choice
+from apar.plugins.gpu.compiler import compile_build
+from apar.plugins.gpu.sizes import StepSizes
+
+HEADER = Path(next(iter(apar.plugins.__path__))) / "gpu" / "launch_table.h"
+
+# Every kernel for every architecture, each in one of its shapes: `python -m apar.plugins.gpu.pack` makes them all.
+SUBSET = {
+    80: Choice(["float16"], [64], [16]),
+    90: Choice(["bfloat16"], [128], [16], tiles=[16]),
+    100: Choice(["bfloat16"], [64], [32], tiles=[16]),
+}
+
+READER = r"""
+#include <cstdio>
+#include <cstdlib>
+#include <fstream>
+#include <iterator>
+#include <vector>
+#include "launch_table.h"
+
+int main(int argc, char** argv) {
+  if (argc == 6) {
+    const long t = atol(argv[1]), r = atol(argv[2]), g = atol(argv[3]);
+    const int h = atoi(argv[4]), k = atoi(argv[5]);
+    AparGpuSizes s = apar_gpu_sizes(t, r, g, h, k);
+    uint32_t grid[3];
+    apar_gpu_grid(APAR_GPU_ATTEND, &s, t, 0, h, k, grid);
+    std::printf("%d %d %d %d %d %d %ld %ld %ld %u %u\n", s.tile, s.tile_tokens, s.splits, s.budget, s.tiles, s.items,
+                (long)s.parts, (long)s.plan_size, (long)s.scratch_size, grid[0], grid[1]);
+    return 0;
+  }
+  std::ifstream file(argv[1], std::ios::binary);
+  std::vector<char> data((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
+  const auto* header = reinterpret_cast<const AparGpuTableHeader*>(data.data());
+  if (header->version != APAR_GPU_TABLE_VERSION || header->entry_size != sizeof(AparGpuKernel) ||
+      header->header_size != sizeof(AparGpuTableHeader) || header->file_size != data.size())
+    return 1;
+  if (apar_gpu_checksum(data.data() + header->header_size, data.size() - header->header_size) != header->checksum)
+    return 2;
+  const auto* kernels = reinterpret_cast<const AparGpuKernel*>(data.data() + header->header_size);
+  for (uint32_t i = 0; i < header->entry_count; ++i) {
+    const AparGpuKernel& e = kernels[i];
+    const bool elf = data[e.cubin_offset] == 0x7f && data[e.cubin_offset + 1] == 'E';
+    std::printf("%u %u %u %u %u %u %u %s %u %u %d %llu\n", e.kind, e.sm, e.dtype, e.head_dim, e.block_size, e.tile,
+                e.num_warps, e.symbol, e.argument_count, e.arguments[e.argument_count - 1], elf,
+                (unsigned long long)e.cubin_size);
+  }
+  return 0;
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def entries() -> list[pack.Entry]:
+    return [pack.Entry.of(compile_build(build, sm)) for sm, choice in SUBSET.items() for build in choice.builds()]
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("reader")
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    assert compiler, "the launch table's C header is checked with a C++ compiler, as the native library is"
+    (folder / "reader.cpp").write_text(READER, encoding="utf-8")
+    command = [
+        compiler,
+        "-std=c++17",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        f"-I{HEADER.parent}",
+        "reader.cpp",
+        "-o",
+        "reader",
+    ]
+    subprocess.run(command, cwd=folder, check=True)
+    return folder / "reader"
+
+
+def test_every_architecture_compiles_without_spills(entries: list[pack.Entry]) -> None:
+    assert set(SUBSET) == set(SMS)
+    for sm in SMS:
+        assert {entry.kind for entry in entries if entry.sm == sm} == set(KINDS.values())
+    print(pack.table_text(entries))
+    for entry in entries:
+        assert entry.spill_bytes == 0, entry.symbol
+        assert 0 < entry.registers <= 255 and entry.shared_bytes < 100 * 1024
+        assert entry.cubin.startswith(b"\x7fELF")
+
+
+def test_arguments_are_those_of_the_kernels(entries: list[pack.Entry]) -> None:
+    codes = {name: code for name, (code, _) in ARGUMENTS.items()}
+    attend = next(entry for entry in entries if entry.kind == KINDS["attend"])
+    assert attend.arguments[:5] == tuple(codes[name] for name in ("q", "pool", "plan", "block_table", "slot_mapping"))
+    assert len(set(codes.values())) == len(codes)
+
+
+def test_python_and_c_read_the_same_table(entries: list[pack.Entry], reader: Path, tmp_path: Path) -> None:
+    file = tmp_path / "gpu.table"
+    file.write_bytes(pack.write_table(entries))
+    assert pack.read_table(file.read_bytes()) == entries
+    printed = subprocess.run([reader, file], capture_output=True, text=True, check=True).stdout.splitlines()
+    for line, entry in zip(printed, entries, strict=True):
+        numbers = (entry.kind, entry.sm, entry.dtype, entry.head_dim, entry.block_size, entry.tile, entry.num_warps)
+        arguments = (len(entry.arguments), entry.arguments[-1], 1, len(entry.cubin))
+        assert line.split() == [str(value) for value in (*numbers, entry.symbol, *arguments)]
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 1, 0, 32, 32),
+        (1, 1, 1, 32, 8),
+        (257, 256, 64, 32, 32),
+        (1024, 40, 9, 28, 4),
+        (5000, 3, 1, 71, 71),
+        (37, 20, 4, 6, 1),
+    ],
+)
+def test_sizes_are_the_same_in_c(shape: tuple[int, ...], reader: Path) -> None:
+    sizes = StepSizes(*shape)
+    printed = subprocess.run([reader, *map(str, shape)], capture_output=True, text=True, check=True).stdout
+    assert [int(word) for word in printed.split()] == [
+        sizes.tile,
+        sizes.tile_tokens,
+        int(sizes.splits),
+        sizes.budget,
+        sizes.tiles,
+        sizes.items,
+        sizes.parts,
+        sizes.plan_size,
+        sizes.scratch_size,
+        sizes.items,
+        shape[4],
+    ]
+
+
+def test_damaged_tables_are_refused(entries: list[pack.Entry]) -> None:
+    data = bytearray(pack.write_table(entries[:1]))
+    for place, message in ((0, "no launch table"), (8, "version"), (len(data) - 1, "damaged")):
+        wrong = bytearray(data)
+        wrong[place] ^= 1
+        with pytest.raises(PluginError, match=message):
+            pack.read_table(bytes(wrong))
+    with pytest.raises(PluginError, match="damaged"):
+        pack.read_table(bytes(data[:-4]))
+
+
+def test_unknown_choices_are_refused() -> None:
+    with pytest.raises(PluginError, match="head_dim 72"):
+        Choice(head_dims=[72])
