@@ -123,10 +123,13 @@ def read_table(data: bytes) -> list[Entry]:
         raise PluginError(f"the launch table is damaged: its size or checksum is wrong; {remedy}")
     entries = []
     for i in range(count):
-        fields: tuple[Any, ...] = _ENTRY.unpack_from(data, header_size + i * entry_size)
+        fields = _ENTRY.unpack_from(data, header_size + i * entry_size)
+        numbers: list[Any] = list(fields[:11])
         used, codes, symbol, offset, length = fields[11:]
         name = symbol.rstrip(b"\0").decode("ascii")
-        entries.append(Entry(*fields[:11], tuple(codes[:used]), name, data[offset : offset + length]))
+        entries.append(
+            Entry(*numbers, arguments=tuple(codes[:used]), symbol=name, cubin=data[offset : offset + length])
+        )
     return entries
 
 
