@@ -124,11 +124,11 @@ def read_table(data: bytes) -> list[Entry]:
     entries = []
     for i in range(count):
         fields = _ENTRY.unpack_from(data, header_size + i * entry_size)
-        numbers: list[Any] = list(fields[:11])
+        numbers: dict[str, Any] = dict(zip(Entry.__slots__, fields[:11], strict=False))
         used, codes, symbol, offset, length = fields[11:]
         name = symbol.rstrip(b"\0").decode("ascii")
         entries.append(
-            Entry(*numbers, arguments=tuple(codes[:used]), symbol=name, cubin=data[offset : offset + length])
+            Entry(**numbers, arguments=tuple(codes[:used]), symbol=name, cubin=data[offset : offset + length])
         )
     return entries
 
