@@ -52,6 +52,8 @@ class Engine:
         """Time spent outside the executor and the sampler, over all steps."""
         self.model_seconds = 0.0
         self.sample_seconds = 0.0
+        self.failed_steps = 0
+        """Steps that raised since the last one that did not."""
         self._arrivals = count()
 
     def submit(
@@ -126,8 +128,10 @@ class Engine:
             self.model_seconds += executed - scheduled
             sampled = self._sample(step, logits)
         except Exception as error:
+            self.failed_steps += 1
             logger.exception("a step failed; the %d branches in it end with an error", step.rows.size)
             return self._fail(step, error)
+        self.failed_steps = 0
         done = time.perf_counter()
         self.sample_seconds += done - executed
         for row, entry in sampled.logprobs.items():

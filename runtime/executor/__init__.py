@@ -20,18 +20,23 @@ EXECUTORS = {
 def load_executor(engine: Path, name: str = "auto", **options: Any) -> Executor:
     """Load an engine directory with the executor called `name`; "auto" is onnx, which runs everywhere.
 
-    Options are those of the executor's constructor, such as `num_blocks`.
+    `package.module:Class` names an executor of one's own. Options are those of the executor's constructor, such as
+    `num_blocks`.
     Raises ExecutorError for an unknown name or option, and what the constructor raises.
     """
     if name == "auto":
         name = "onnx"
-    if name not in EXECUTORS:
-        raise ExecutorError(f"there is no executor {name!r}; executors are: auto, {', '.join(EXECUTORS)}")
-    module, attribute = EXECUTORS[name]
+    module, attribute = EXECUTORS.get(name) or name.partition(":")[::2]
+    if not attribute:
+        raise ExecutorError(
+            f"there is no executor {name!r}; executors are: auto, {', '.join(EXECUTORS)}, and package.module:Class"
+        )
     try:
         kind = getattr(import_module(module), attribute)
     except ModuleNotFoundError as error:
         raise ExecutorError(f"the {name} executor needs the package {error.name}, which is not installed") from error
+    except AttributeError as error:
+        raise ExecutorError(f"there is no executor {name!r}: {module} has no {attribute}") from error
     try:
         executor: Executor = kind(Path(engine), **options)
     except TypeError as error:

@@ -44,7 +44,8 @@ class Flight:
         self._cumulative = 0.0
         self._events: list[BranchEvent] = []
         self._output: RequestOutput | None = None
-        self._error: Error | None = None
+        self.error: Error | None = None
+        """How the request ended, if it ended badly."""
         self._first = True
 
     @property
@@ -56,26 +57,26 @@ class Flight:
     @property
     def due(self) -> bool:
         """Whether there is something to send."""
-        return bool(self._error or self._output or (self._events and self.request.stream))
+        return bool(self.error or self._output or (self._events and self.request.stream))
 
     def add(self, events: Iterable[BranchEvent], output: RequestOutput | None) -> None:
         """The answer said something, or is complete."""
         if output is not None and output.finish_reason == "error":
-            self._error = (FAILED, output.error or "the request failed in the engine")
+            self.error = (FAILED, output.error or "the request failed in the engine")
         elif output is not None and output.finish_reason == "deadline":
-            self._error = (DEADLINE, "the request was not complete within its timeout_ms")
+            self.error = (DEADLINE, "the request was not complete within its timeout_ms")
         else:
             self._events += events
             self._output = output
 
     def fail(self, error: Error) -> None:
         """The request ends with an error."""
-        self._error = error
+        self.error = error
 
     def message(self) -> Message | None:
         """What is to be sent now; None if it says nothing yet."""
-        if self._error is not None:
-            return {"id": self.number, "error": self._error}
+        if self.error is not None:
+            return {"id": self.number, "error": self.error}
         output = self._output  # read first: with it, every event is there
         count = len(self._events)
         events = self._events[:count]
@@ -157,21 +158,23 @@ class Flight:
             if isinstance(event, ForkEvent):
                 open_deltas.pop(event.parent_id, None)
                 self._parents[event.branch_id] = event.parent_id
-                rows.append(["fork", event.branch_id, event.depth, "", []])
+                rows.append(["fork", event.branch_id, event.depth, "", [], event.step])
                 continue
             branch = event.branch_id
             if isinstance(event, FinishEvent):
-                rows.append(["finish", branch, event.depth, event.reason, []])
+                rows.append(["finish", branch, event.depth, event.reason, [], event.step])
                 continue
             row = open_deltas.get(branch)
             if row is None:
-                row = open_deltas[branch] = ["delta", branch, event.depth, "", []]
+                row = open_deltas[branch] = ["delta", branch, event.depth, "", [], event.step]
                 rows.append(row)
             row[3] += event.text
             row[4] += event.token_ids
-        kinds, branches, depths, texts, ids = (list(column) for column in zip(*rows, strict=True))
-        parents = [self._parents[branch] for branch in branches]
-        return {"event": kinds, "branch_id": branches, "parent_id": parents, "depth": depths, "text": texts, "ids": ids}
+            row[5] = event.step
+        names = ("event", "branch_id", "depth", "text", "ids", "step")
+        columns = {name: list(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
+        columns["parent_id"] = [self._parents[branch] for branch in columns["branch_id"]]
+        return columns
 
     def _final(self, output: RequestOutput) -> dict[str, Any]:
         return {

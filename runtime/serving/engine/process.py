@@ -35,6 +35,8 @@ FIRST_GRACE = 30.0
 """The same before the first owner has come."""
 TICK = 0.5
 CLOSE_TIMEOUT = 5.0
+MAX_FAILED_STEPS = 5
+"""Steps that raised, one after the other, after which the fault is taken to be the engine's, not the requests'."""
 EXIT_FAILED, EXIT_HANGS = 1, 3
 
 
@@ -76,7 +78,8 @@ class EngineProcess:
             logger.exception("the engine cannot be loaded")
             self._say({"error": f"the engine cannot be loaded: {type(error).__name__}: {error}"})
             return EXIT_FAILED
-        executor = text.engine.executor
+        self._engine = text.engine
+        executor = self._engine.executor
         logger.info("engine ready after %.1f s: %s", time.monotonic() - started, executor.detail)
         self._service = Service(text, settings.max_requests, self._end)
         self._service.loop.start()
@@ -113,10 +116,12 @@ class EngineProcess:
         self._status.close()
 
     def _listen(self) -> socket.socket:
-        path = self._directory / SOCKET_NAME
-        path.unlink(missing_ok=True)
+        (self._directory / SOCKET_NAME).unlink(missing_ok=True)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        listener.bind(str(path))
+        folder = os.open(self._directory, os.O_RDONLY)
+        # By this way, because the address of a socket may not be longer than about 100 bytes.
+        listener.bind(f"/proc/self/fd/{folder}/{SOCKET_NAME}")
+        os.close(folder)
         listener.listen(16)
         (self._directory / PID_NAME).write_text(f"{os.getpid()}\n", encoding="ascii")
         return listener
@@ -168,6 +173,7 @@ class EngineProcess:
 
     def _watch(self, settings: Settings) -> int:
         """Wait until the process is to end; report numbers and see to it that nothing hangs meanwhile."""
+        code = 0
         alone_since = time.monotonic() + FIRST_GRACE - GRACE
         while not self._ended.wait(TICK):
             now = time.monotonic()
@@ -179,13 +185,16 @@ class EngineProcess:
                 self._end("no model of the server needs it any more")
             if not is_alive(self._server["pid"], self._server["started"]):
                 self._end("the server is gone")
+            if self._engine.failed_steps >= MAX_FAILED_STEPS:
+                self._end(f"{MAX_FAILED_STEPS} steps in a row failed")
+                code = EXIT_FAILED
             since = self._service.loop.step_since
             if settings.step_timeout_s and since is not None and now - since > settings.step_timeout_s:
                 logger.error("a step has been running for %d s; the engine hangs", now - since)
                 faulthandler.dump_traceback()
                 self._clean()
                 os._exit(EXIT_HANGS)
-        return 0
+        return code
 
     def _report(self, owners: list[Connection]) -> None:
         """Send numbers to the owners, unless the last ones are still to come."""

@@ -47,6 +47,8 @@ class Service:
         self._on_stop = stopped
         self._flights: dict[str, Flight] = {}
         """By the engine's request id."""
+        self._errors: dict[str, int] = {}
+        """Requests that ended with an error, by code."""
         self._numbers = count()
         self._connections: dict[Connection, None] = {}
         self._lock = threading.Lock()
@@ -105,7 +107,7 @@ class Service:
             if self.loop.post(lambda: self._submit(connection, number, request)):
                 return
             error = (UNAVAILABLE, "the engine is stopping")
-        connection.send({"id": number, "error": error})
+        self._refuse(connection, number, error)
 
     # ---------------------------------------------------------------- in the engine's thread
 
@@ -137,6 +139,7 @@ class Service:
         self._flights[request_id] = connection.flights[number] = flight
 
     def _refuse(self, connection: Connection, number: int, error: Error) -> None:
+        self._count(error)
         connection.send({"id": number, "error": error})
 
     def _deliver(self, answer: Answer) -> None:
@@ -149,6 +152,8 @@ class Service:
         answer.events.clear()
         if finished:
             self._remove(flight)
+            if flight.error is not None:
+                self._count(flight.error)
         if flight.due:
             flight.connection.send_from(flight)
 
@@ -162,8 +167,16 @@ class Service:
             self._deliver(answer)
             return
         self._remove(flight)
+        self._fail(flight, error)
+
+    def _fail(self, flight: Flight, error: Error) -> None:
         flight.fail(error)
+        self._count(error)
         flight.connection.send_from(flight)
+
+    def _count(self, error: Error) -> None:
+        with self._lock:
+            self._errors[error[0]] = self._errors.get(error[0], 0) + 1
 
     def _remove(self, flight: Flight) -> None:
         assert flight.answer is not None
@@ -182,7 +195,7 @@ class Service:
     def _stop(self, connection: Connection, number: int, label: str) -> None:
         if not label:
             error = (INVALID, "stop needs the id of the request to be stopped as its own request id")
-            connection.send({"id": number, "error": error})
+            self._refuse(connection, number, error)
             return
         flights = [flight for flight in self._flights.values() if flight.request.label == label]
         for flight in flights:
@@ -190,13 +203,19 @@ class Service:
         connection.send({"id": number, "stopped": len(flights)})
 
     def _stopped(self, reason: str) -> None:
+        """The loop has ended: answer what is still in flight."""
         for flight in list(self._flights.values()):
             self._remove(flight)
-            flight.fail((FAILED, reason))
-            flight.connection.send_from(flight)
+            self._fail(flight, (FAILED, "the engine ended while it worked on this request; send it again"))
         self._on_stop(reason)
 
     def snapshot(self) -> dict[str, Any]:
         """Numbers for a model's metrics; in the engine's thread."""
         numbers = self._text.metrics.snapshot(self._text.engine)
-        return {"gauges": numbers.gauges, "counters": numbers.counters, "observations": numbers.observations}
+        with self._lock:
+            errors = {f'request_errors_total{{code="{code}"}}': number for code, number in self._errors.items()}
+        return {
+            "gauges": numbers.gauges,
+            "counters": numbers.counters | errors,
+            "observations": numbers.observations,
+        }

@@ -1,6 +1,6 @@
 """Messages between the engine process and the models: JSON objects, each behind its length in four bytes.
 
-The models have the same few lines of their own (triton_repo/apar/1/wire.py), since they run where `apar`
+The models have the same few lines of their own (triton_repo/apar/1/apar_model/wire.py), since they run where `apar`
 cannot be imported.
 """
 

@@ -14,12 +14,12 @@ import traceback
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
-from answer import Answer
-from engine_directory import LinkError, log
-from engine_link import EngineLink
-from engine_metrics import EngineMetrics
-from settings import ModelSettings, ParameterError
-from tensors import INVALID, InputError, Inputs, to_message
+from apar_model.answer import Answer
+from apar_model.engine_directory import LinkError, log
+from apar_model.engine_link import EngineLink
+from apar_model.engine_metrics import EngineMetrics
+from apar_model.settings import ModelSettings, ParameterError
+from apar_model.tensors import INVALID, InputError, Inputs, to_message
 
 
 class TritonPythonModel:

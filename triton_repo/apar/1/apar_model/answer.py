@@ -97,6 +97,7 @@ class Answer:
         add("event", [kind.encode() for kind in events["event"]], object)
         for name in ("branch_id", "parent_id", "depth"):
             add(name, events[name], np.int32)
+        add("event_step", events["step"], np.int32)
         add("event_tokens", [len(ids) for ids in events["ids"]], np.int32)
         if self._ids:
             add("event_ids", [token for ids in events["ids"] for token in ids], np.int32)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
+import socket
 import sys
 import tempfile
 
@@ -24,7 +24,6 @@ class EngineDirectory:
 
     Attributes:
         path: of the directory.
-        socket: where the engine listens.
         lock: locked while somebody starts the engine.
         failure: holds the reason why the engine could not be started.
         server: {"pid", "started"} of the server; together they name it for good.
@@ -34,9 +33,7 @@ class EngineDirectory:
         pid = os.getppid()
         self.server = {"pid": pid, "started": _start(pid)}
         self._root = os.path.join(tempfile.gettempdir(), f"apar-{os.getuid()}")
-        name = hashlib.blake2b(model.encode(), digest_size=6).hexdigest()  # a socket's path must be short
-        self.path = os.path.join(self._root, f"{pid}-{self.server['started']}", name)
-        self.socket = os.path.join(self.path, "engine.sock")
+        self.path = os.path.join(self._root, f"{pid}-{self.server['started']}", model)
         self.lock = os.path.join(self.path, "lock")
         self.failure = os.path.join(self.path, "failure")
         self.settings = os.path.join(self.path, "settings.json")
@@ -53,6 +50,15 @@ class EngineDirectory:
         os.makedirs(self.path, mode=0o700, exist_ok=True)
         if os.path.exists(self.failure):
             os.remove(self.failure)
+
+    def connect(self, sock: socket.socket) -> None:
+        """Connect to the engine. Raises OSError if none listens."""
+        folder = os.open(self.path, os.O_RDONLY)
+        try:
+            # By this way, because the address of a socket may not be longer than about 100 bytes.
+            sock.connect(f"/proc/self/fd/{folder}/engine.sock")
+        finally:
+            os.close(folder)
 
     def read_failure(self) -> str | None:
         """Why the engine could not be started; None if nobody has failed."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from settings import ModelSettings
+
+from apar_model.settings import ModelSettings
 
 INVALID = "invalid_request"
 MAX_LIST = 4096

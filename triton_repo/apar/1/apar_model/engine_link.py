@@ -16,11 +16,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from answer import Answer
-from engine_directory import EngineDirectory, LinkError, log
-from engine_starter import EngineStarter
-from settings import ModelSettings
-from wire import Decoder, Message, encode
+from apar_model.answer import Answer
+from apar_model.engine_directory import EngineDirectory, LinkError, log
+from apar_model.engine_starter import EngineStarter
+from apar_model.settings import ModelSettings
+from apar_model.wire import Decoder, Message, encode
 
 MAX_REQUEST = 16 << 20
 """Bytes of one request on its way to the engine."""
@@ -244,7 +244,7 @@ class EngineLink:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             sock.settimeout(HELLO_TIMEOUT)
-            sock.connect(self._directory.socket)
+            self._directory.connect(sock)
             sock.sendall(encode(hello))
             reply = None
             while reply is None:

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import time
 
-from engine_directory import EngineDirectory, LinkError
+from apar_model.engine_directory import EngineDirectory, LinkError
 
 END_TIMEOUT = 10.0
 """Seconds that a process which has said its last word may take to end."""

@@ -1,0 +1,273 @@
+"""A real Triton server on the model repository, for tests: started, asked over HTTP, watched, ended without a trace."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import apar.runtime
+from apar.runtime.serving.repository import repository_source
+from apar.runtime.serving.triton_server import TritonServer
+
+START_SECONDS = 120.0
+TESTS = Path(__file__).parent
+
+
+class TritonService:
+    """One server. Use as a context manager; entering it returns when the server is ready.
+
+    Args:
+        server: the installed server.
+        folder: for its log and its temporary files.
+        engine: what the model `apar` runs.
+        environment: further variables, such as those that the configuration is filled from.
+        repository: of models; by default the shipped one as it stands.
+        options: further options of the server.
+    """
+
+    def __init__(
+        self,
+        server: TritonServer,
+        folder: Path,
+        engine: Path,
+        environment: dict[str, str] | None = None,
+        repository: Path | None = None,
+        options: tuple[str, ...] = (),
+    ) -> None:
+        self.http_port, self.grpc_port, self.metrics_port = _free_ports(3)
+        self.folder = folder
+        self.log = folder / "server.log"
+        folder.mkdir(parents=True, exist_ok=True)
+        self._prefix = f"apar_test_{os.getpid()}_{self.http_port}_"
+        self._command = server.command(
+            f"--model-repository={repository or repository_source()}",
+            "--http-address=127.0.0.1",
+            f"--http-port={self.http_port}",
+            "--grpc-address=127.0.0.1",
+            f"--grpc-port={self.grpc_port}",
+            "--metrics-address=127.0.0.1",
+            f"--metrics-port={self.metrics_port}",
+            "--exit-timeout-secs=5",
+            f"--backend-config=python,shm-region-prefix-name={self._prefix}",
+            *options,
+        )
+        # The engine's interpreter is this one; it finds apar, and the executors of the tests, where this one does.
+        places = [str(TESTS), str(Path(apar.runtime.__file__).parent.parent.parent), os.environ.get("PYTHONPATH", "")]
+        self._environment = {
+            **server.environment(),
+            "APAR_ENGINE": str(engine),
+            "APAR_PYTHON": sys.executable,
+            "PYTHONPATH": os.pathsep.join(filter(None, places)),
+            "TMPDIR": str(folder),
+            **(environment or {}),
+        }
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> TritonService:
+        self.start()
+        self.await_ready()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.end()
+
+    @property
+    def pid(self) -> int:
+        """Of the server."""
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def grpc_url(self) -> str:
+        """For tritonclient."""
+        return f"127.0.0.1:{self.grpc_port}"
+
+    @property
+    def http_url(self) -> str:
+        """For tritonclient."""
+        return f"127.0.0.1:{self.http_port}"
+
+    def start(self) -> None:
+        """Start the server and return at once."""
+        with self.log.open("wb") as log:
+            self._process = subprocess.Popen(
+                self._command,
+                env=self._environment,
+                cwd=self.folder,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def await_ready(self) -> None:
+        """Wait until every model is ready."""
+        end = time.monotonic() + START_SECONDS
+        while not self.is_ready():
+            assert self._process is not None
+            if self._process.poll() is not None or time.monotonic() > end:
+                raise AssertionError(f"the server did not become ready; its log ends:\n{self.log_tail()}")
+            time.sleep(0.05)
+
+    def is_ready(self) -> bool:
+        """What the server says of itself."""
+        try:
+            return self._get(self.http_port, "/v2/health/ready")[0] == 200
+        except OSError:
+            return False
+
+    def await_exit(self, seconds: float) -> int:
+        """Wait until the server has ended by itself; returns its exit code."""
+        assert self._process is not None
+        return self._process.wait(seconds)
+
+    def end(self) -> None:
+        """Stop the server and whatever is left of it."""
+        process = self._process
+        if process is None:
+            return
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(12)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        for region in Path("/dev/shm").glob(f"{self._prefix}*"):
+            region.unlink(missing_ok=True)
+
+    def log_tail(self, lines: int = 40) -> str:
+        """The end of the server's log."""
+        return "\n".join(self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+
+    # ---------------------------------------------------------------- the engine process
+
+    def engine_pid(self) -> int | None:
+        """Process id of the engine that serves now."""
+        for path in self.folder.glob("apar-*/*/apar/engine.pid"):
+            with contextlib.suppress(OSError, ValueError):
+                return int(path.read_text(encoding="ascii"))
+        return None
+
+    def kill_engine(self) -> int:
+        """kill -9 the engine process."""
+        pid = self.engine_pid()
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        return pid
+
+    def await_engine(self, other_than: int | None = None, seconds: float = 60.0) -> int:
+        """Wait for an engine (another one than `other_than`) that answers; returns its process id."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            pid = self.engine_pid()
+            if pid is not None and pid != other_than:
+                reply = self.generate({"text_input": "Hello?", "max_tokens": 1})
+                if "error" not in reply:
+                    return pid
+            time.sleep(0.1)
+        raise AssertionError(f"the engine did not come back; the log ends:\n{self.log_tail()}")
+
+    # ---------------------------------------------------------------- requests
+
+    def generate(self, inputs: dict[str, Any], model: str = "apar") -> dict[str, Any]:
+        """One response over HTTP `generate`."""
+        return dict(json.loads(self.post(inputs, model, "generate")[1]))
+
+    def post(self, inputs: Any, model: str = "apar", endpoint: str = "generate") -> tuple[int, bytes]:
+        """Status and body; `inputs` is JSON, or bytes as they are to be sent."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.http_port, timeout=120)
+        with contextlib.closing(connection):
+            body = inputs if isinstance(inputs, bytes) else json.dumps(inputs)
+            connection.request("POST", f"/v2/models/{model}/{endpoint}", body, {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            return response.status, response.read()
+
+    def stream(self, inputs: dict[str, Any], model: str = "apar") -> Iterator[dict[str, Any]]:
+        """Responses over HTTP `generate_stream` as they come; closing the iterator closes the connection."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.http_port, timeout=120)
+        with contextlib.closing(connection):
+            flag = "streaming" if model == "tensorrt_llm" else "stream"
+            body = json.dumps({flag: True, **inputs})
+            connection.request(
+                "POST", f"/v2/models/{model}/generate_stream", body, {"Content-Type": "application/json"}
+            )
+            response = connection.getresponse()
+            while line := response.readline():  # an error that comes first has status 400, and this form all the same
+                if line.strip():
+                    yield json.loads(line.removeprefix(b"data:"))
+
+    def metrics(self) -> dict[str, float]:
+        """Every value of the metrics page whose name begins with `apar:`, by name and labels but `model`."""
+        page = self._get(self.metrics_port, "/metrics")[1].decode()
+        found = {}
+        for line in page.splitlines():
+            if line.startswith("apar:"):
+                name, value = line.rsplit(" ", 1)
+                found[re.sub(r'model="[^"]*",?', "", name).removesuffix("{}").replace(",}", "}")] = float(value)
+        return found
+
+    def await_metrics(self, seconds: float = 30.0, **wanted: float) -> dict[str, float]:
+        """Wait until the metrics have these values (names without `apar:`); returns all of them."""
+        end = time.monotonic() + seconds
+        while True:
+            found = self.metrics()
+            if all(found.get(f"apar:{name}") == value for name, value in wanted.items()):
+                return found
+            if time.monotonic() > end:
+                shown = {name: found.get(f"apar:{name}") for name in wanted}
+                raise AssertionError(f"metrics are {shown}, not {wanted}")
+            time.sleep(0.1)
+
+    def await_idle(self) -> dict[str, float]:
+        """Wait until nothing runs and every block is free; returns the metrics."""
+        time.sleep(1.2)  # numbers are at most this old
+        return self.await_metrics(num_requests_running=0, num_requests_waiting=0, num_branches_live=0, kv_blocks_used=0)
+
+    def _get(self, port: int, path: str) -> tuple[int, bytes]:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        with contextlib.closing(connection):
+            connection.request("GET", path)
+            response = connection.getresponse()
+            return response.status, response.read()
+
+
+def in_threads(count: int, function: Any) -> list[Any]:
+    """`function(i)` for i below `count`, each in a thread of its own; results in order, the first exception raised."""
+    results: list[Any] = [None] * count
+    failures: list[BaseException] = []
+
+    def run(index: int) -> None:
+        try:
+            results[index] = function(index)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(300)
+        assert not thread.is_alive(), "a request hangs"
+    if failures:
+        raise failures[0]
+    return results
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
