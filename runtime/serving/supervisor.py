@@ -53,7 +53,6 @@ class Supervisor:
         self._process: TritonProcess | None = None
         self._task: asyncio.Task[None] | None = None
         self._ready = False
-        self._stopping = False
         self.restarts = 0
         """How often the server had to be started again."""
         self.probe = Probe(keep=PROBE_EVERY)
@@ -91,15 +90,19 @@ class Supervisor:
         self._task = asyncio.create_task(self._keep_running())
 
     async def stop(self, grace: bool = True) -> None:
-        """End the server, at once without `grace`. Afterwards no process, shared memory or file of it is left."""
-        self._stopping = True
+        """End the server, at once without `grace`. Afterwards no process, shared memory or file of it is left.
+
+        May be called again.
+        """
         self._ready = False
         if self._task is not None:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
+            self._task = None
         if self._process is not None:
             await (self._process.stop() if grace else self._process.kill())
+            self._process = None
         await asyncio.to_thread(shutil.rmtree, self._folder, True)
         self._dismiss_watchdog()
 
@@ -171,7 +174,7 @@ class Supervisor:
                 next_probe = time.monotonic() + PROBE_EVERY
 
     def _dismiss_watchdog(self) -> None:
-        if self._watchdog is None:
-            return
-        with contextlib.suppress(OSError):
-            self._watchdog.communicate(b"done\n", timeout=10)
+        if self._watchdog is not None:
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                self._watchdog.communicate(b"done\n", timeout=10)
+            self._watchdog = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from typing import Any
 
 import aiohttp
@@ -74,7 +74,7 @@ async def stream_model(
     *,
     deadline: float,
     watch: IdleWatch | None = None,
-) -> AsyncIterator[ModelResponse]:
+) -> AsyncGenerator[ModelResponse, None]:
     """Responses of the model `apar` to one request; the last has `final`.
 
     `inputs`: tensors by name (plus `id`), without `stream`. `deadline`: seconds in all. `watch` is told of everything

@@ -224,10 +224,10 @@ class TestCompletions:
             complete(prompt=prompt)
 
     def test_echo_and_others(self) -> None:
-        assert complete(echo=True).inputs[0]["exclude_input_in_output"] is False
+        assert complete(echo=True).echo and not complete().echo
         assert complete(best_of=2, n=2).common.choices == 2
-        for fields in ({"echo": True, "logprobs": 1}, {"best_of": 2}, {"suffix": "x"}):
-            with pytest.raises(ApiError, match=r"not supported|cannot be combined"):
+        for fields in ({"echo": True, "logprobs": 1}, {"echo": True, "prompt": [1]}, {"best_of": 2}, {"suffix": "x"}):
+            with pytest.raises(ApiError, match=r"not supported|cannot be combined|needs prompts"):
                 complete(**fields)
 
 

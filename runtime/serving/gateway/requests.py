@@ -41,6 +41,8 @@ class Job:
     inputs: list[dict[str, Any]]
     logprobs: int | None
     """Alternatives a token that the client wants to see; None: no log-probabilities."""
+    echo: bool = False
+    """Whether each answer begins with its prompt, a text."""
 
     @property
     def prompts(self) -> int:
@@ -73,13 +75,18 @@ def completions_job(body: Mapping[str, Any], settings: GatewaySettings) -> Job:
     if best_of not in (None, common.choices):
         raise unsupported("best_of", "best_of is not supported; ask for n answers and choose")
     prompts = [prompt | {"chat": False} for prompt in _prompts(body.get("prompt"))]
-    if echo:
-        prompts = [prompt | {"exclude_input_in_output": False} for prompt in prompts]
-    return _job(False, common, prompts, top, settings)
+    if echo and any("text_input" not in prompt for prompt in prompts):
+        raise unsupported("echo", "echo needs prompts that are texts, not token ids")
+    return _job(False, common, prompts, top, settings, echo)
 
 
 def _job(
-    chat: bool, common: Common, prompts: Sequence[dict[str, Any]], logprobs: int | None, settings: GatewaySettings
+    chat: bool,
+    common: Common,
+    prompts: Sequence[dict[str, Any]],
+    logprobs: int | None,
+    settings: GatewaySettings,
+    echo: bool = False,
 ) -> Job:
     count = len(prompts) * common.choices
     if count > settings.max_choices:
@@ -98,7 +105,7 @@ def _job(
             if common.seed is not None:
                 one["seed"] = (common.seed + number) % _SEED_SPACE
             inputs.append(one)
-    return Job(chat, common, inputs, logprobs)
+    return Job(chat, common, inputs, logprobs, echo)
 
 
 def _messages(messages: Any) -> list[dict[str, str]]:
