@@ -21,58 +21,14 @@ import numpy as np
 
 from apar.export.checkpoint import expected_tensors
 from apar.export.llama_config import read_config
+from apar.runtime.bench.shapes import SHAPES, STANDARD_DEVIATION, shape_config, write_byte_tokenizer
 
-LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "max_position_embeddings": 2048,
-    "vocab_size": 32002,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-    "tie_word_embeddings": False,
-    "rope_theta": 10000.0,
-}
-SHAPES = {
-    "7b": (4096, 11008, 32, 32, 32),
-    "1b": (2048, 5632, 22, 32, 4),
-    "100m": (768, 2048, 12, 12, 12),
-    "10m": (256, 704, 4, 4, 4),
-}
-"""hidden, intermediate, layers, heads, kv heads: those of APAR-7B, TinyLlama, and two small ones."""
 DTYPES = {"float16": (np.float16, "F16"), "bfloat16": (ml_dtypes.bfloat16, "BF16"), "float32": (np.float32, "F32")}
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja",
 )  # fmt: skip
 CHUNK = 1 << 22
-
-
-def byte_tokenizer() -> dict[str, object]:
-    """The smallest tokenizer that can encode any text: one token a byte, and APAR's control tokens."""
-    specials, controls = ["<unk>", "<s>", "</s>"], ["[SplitMask]", "[SplitSop]"]
-    vocab = {text: i for i, text in enumerate([*specials, *(f"<0x{byte:02X}>" for byte in range(256))])}
-    added = [(text, vocab[text], True) for text in specials]
-    added += [(text, len(vocab) + i, False) for i, text in enumerate(controls)]
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    return {
-        "version": "1.0",
-        "added_tokens": [{"id": i, "content": text, "special": special} | flags for text, i, special in added],
-        "normalizer": None,
-        "pre_tokenizer": None,
-        "post_processor": None,
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-            ],
-        },
-        "model": {"type": "BPE", "unk_token": "<unk>", "byte_fallback": True, "vocab": vocab, "merges": []},
-    }
 
 
 def write_tokenizer(directory: Path, source: Path | None) -> None:
@@ -82,9 +38,7 @@ def write_tokenizer(directory: Path, source: Path | None) -> None:
             if (source / name).is_file():
                 shutil.copy(source / name, directory / name)
         return
-    (directory / "tokenizer.json").write_text(json.dumps(byte_tokenizer()), encoding="utf-8")
-    config = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    (directory / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    write_byte_tokenizer(directory)
 
 
 def shards(tensors: dict[str, tuple[int, ...]], width: int, limit: int) -> Iterator[dict[str, tuple[int, ...]]]:
@@ -135,17 +89,14 @@ def main() -> None:
     parser.add_argument("--max-shard-size", type=int, default=4 << 30, metavar="BYTES")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    hidden, ffn, layers, heads, kv_heads = SHAPES[arguments.shape]
-    config = LLAMA | {"hidden_size": hidden, "intermediate_size": ffn, "num_attention_heads": heads}
-    config |= {"num_key_value_heads": kv_heads, "num_hidden_layers": arguments.layers or layers}
-    config["torch_dtype"] = arguments.dtype
+    config = shape_config(arguments.shape, arguments.layers) | {"torch_dtype": arguments.dtype}
     output: Path = arguments.output
     output.mkdir(parents=True)
     (output / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     write_tokenizer(output, arguments.tokenizer)
     element = np.dtype(DTYPES[arguments.dtype][0])
     rng = np.random.default_rng(arguments.seed)
-    normal = (rng.standard_normal(2 * CHUNK + 1, dtype=np.float32) * np.float32(0.02)).astype(element)
+    normal = (rng.standard_normal(2 * CHUNK + 1, dtype=np.float32) * np.float32(STANDARD_DEVIATION)).astype(element)
     tensors = dict(expected_tensors(read_config(output).decoder))
     parts = list(shards(tensors, element.itemsize, arguments.max_shard_size))
     weight_map: dict[str, str] = {}
