@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from apar.export.errors import RequestError, ServingError
 from apar.runtime.cli.engine_options import find_engine
@@ -72,6 +72,8 @@ def run(options: argparse.Namespace) -> int:
     if params.bad_words_ids:
         options.parser.error("--bad-words-ids is not for a served model; give the words: --bad-words TEXT")
     _require_packages()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _leave)
 
     from apar.runtime.serving.grpc_view import show_answers
     from apar.runtime.serving.model_inputs import model_inputs
@@ -93,6 +95,11 @@ def run(options: argparse.Namespace) -> int:
     if not options.quiet:
         print("apar: the service has ended", file=sys.stderr)
     return 0
+
+
+def _leave(number: int, frame: object) -> NoReturn:
+    # As an exception, so that the service is ended on the way out.
+    sys.exit(128 + number)
 
 
 def _require_packages() -> None:

@@ -33,7 +33,7 @@ class Urls:
 
 
 class FullService:
-    """Runs until it is told to end (SIGTERM, SIGINT; a second signal ends it at once) or cannot go on."""
+    """Runs until it is told to end (SIGTERM, SIGINT, SIGHUP; a second signal ends it at once) or cannot go on."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class FullService:
     async def run(self, ready: Callable[[Urls], None]) -> None:
         """Start, call `ready` when requests are answered, serve, and end. Raises ServingError where the start fails."""
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.add_signal_handler(number, self._signalled)
         await self._listener.start()
         try:

@@ -13,8 +13,14 @@ _SERVERS_OWN = re.compile(r"^[IWEF]\d{4} \d\d:\d\d:\d\d\.\d+ \d+ (?P<place>[\w.]
 _LOAD_FAILURE = re.compile(r"failed to load '(?P<model>[^']*)' version \d+: (?P<reason>.*?)\"?$")
 _CALM = re.compile(r"^apar[\w .]*: (INFO|DEBUG|\w+: ready)\b")
 """What models and engine say when all is well."""
-_NOISE = ("CudaDriverHelper has not been initialized", "Failed to initialize NVML", "Signal (15) received")
-"""What it says on a machine without a GPU, or when it is told to end; harmless."""
+_NOISE = (
+    "CudaDriverHelper has not been initialized",
+    "Failed to initialize NVML",
+    "Signal (15) received",
+    "Failed to create instance",
+    "error: creating server",
+)
+"""What it says on a machine without a GPU, or when it is told to end, and what it says twice."""
 
 
 class ServerLog:
@@ -23,6 +29,8 @@ class ServerLog:
     def __init__(self) -> None:
         self._lines: deque[str] = deque(maxlen=KEPT_LINES)
         self._failures: list[str] = []
+        self.expects_death = False
+        """Set when its processes are killed: what they cry out then is of no interest."""
 
     def add(self, line: str) -> None:
         """Take in one line."""
@@ -34,7 +42,7 @@ class ServerLog:
         failure = _LOAD_FAILURE.search(line) if found else None
         if failure:
             self._failures.append(f"model {failure['model']}: {_sentence(failure['reason'])}")
-        if any(noise in line for noise in _NOISE) or line[0] in "+|" or _CALM.match(line):
+        if self.expects_death or any(noise in line for noise in _NOISE) or line[0] in "+|" or _CALM.match(line):
             level = logging.DEBUG
         elif found:
             level = logging.ERROR if line[0] in "EF" and not failure else logging.DEBUG

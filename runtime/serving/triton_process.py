@@ -176,6 +176,7 @@ class TritonProcess:
 
     async def kill(self) -> None:
         """End every process of this server at once, and delete its shared memory."""
+        self.log.expects_death = True
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)
