@@ -95,12 +95,13 @@ def shape_engine(
     for stale in home.glob(f"{name}-seed{seed}-*"):
         shutil.rmtree(stale, ignore_errors=True)
     home.mkdir(parents=True, exist_ok=True)
-    checkpoint = home / f".checkpoint-{target.name}"
+    room = home / f".{target.name}"
+    checkpoint = room / name
     try:
         write_overlapping_checkpoint(checkpoint, shape_config(source, layers), seed)
         onnx_engine.build(checkpoint, target, overwrite=True, progress=progress, **FORMATS[weights])
     finally:
-        shutil.rmtree(checkpoint, ignore_errors=True)
+        shutil.rmtree(room, ignore_errors=True)
     return target
 
 

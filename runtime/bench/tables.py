@@ -28,7 +28,13 @@ def show_generate(result: Result, console: Console | None = None) -> None:
         f"throughput with {result['settings']['concurrency']} in flight: {plain} tokens/s plain, "
         f"{forked} with branches ({flow['gain']:.2f}x)"
     )
-    table = _table("decode steps by live rows")
+    show_steps(result, console)
+    console.print(machine_line(result["machine"]))
+
+
+def show_steps(result: Result, console: Console) -> None:
+    """Decode steps by number of rows, and the bandwidth that they are held against."""
+    table = new_table("decode steps by live rows")
     for name in ("rows", "steps", "ms (median)", "tokens/s", "% of bandwidth bound"):
         table.add_column(name, justify="right")
     for step in result["step"]:
@@ -40,13 +46,12 @@ def show_generate(result: Result, console: Console | None = None) -> None:
         f"bound: {limit['weight_bytes_per_step'] / 1e6:.1f} MB of weights a step at "
         f"{limit['read_bytes_per_second'] / 1e9:.1f} GB/s, read by {limit['threads']} threads in this run"
     )
-    console.print(machine_line(result["machine"]))
 
 
 def show_host(result: Result, console: Console | None = None) -> None:
     """Parts of a step's host cost."""
     console = console or Console(highlight=False)
-    table = _table(f"host cost of a step, {result['rows']} rows, median of {result['steps']} steps")
+    table = new_table(f"host cost of a step, {result['rows']} rows, median of {result['steps']} steps")
     table.add_column()
     table.add_column("microseconds", justify="right")
     for name, key in (
@@ -72,7 +77,7 @@ def show_replay(result: Result, console: Console | None = None) -> None:
     rate = chosen["requests_per_second"]
     load = f"{chosen['concurrency']} in flight" if rate is None else f"{rate:g} a second"
     title = f"{result['requests']} replies of {chosen['workload']}, {load}, fork {chosen['fork']}"
-    table = _table(escape(title))
+    table = new_table(escape(title))
     table.add_column()
     for name in ("mean", "p50", "p90", "p99"):
         table.add_column(name, justify="right")
@@ -85,7 +90,7 @@ def show_replay(result: Result, console: Console | None = None) -> None:
         result["blocks_saved"],
         chosen["service_level"],
     )
-    table = _table("in all")
+    table = new_table("in all")
     table.add_column()
     table.add_column(justify="right")
     table.add_column()
@@ -124,7 +129,7 @@ def machine_line(machine: Result) -> str:
 
 
 def _comparison(part: Result, title: str) -> Table:
-    table = _table(f"{title} ({part['replies']})")
+    table = new_table(f"{title} ({part['replies']})")
     for name in ("", "no forks", "forks", "same reply, plain", "gain"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     plain, forked, same = part["plain"], part["forked"], part["same_reply_plain"]
@@ -145,5 +150,6 @@ def _comparison(part: Result, title: str) -> Table:
     return table
 
 
-def _table(title: str) -> Table:
+def new_table(title: str) -> Table:
+    """A table as all measurements print them."""
     return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE, pad_edge=False)

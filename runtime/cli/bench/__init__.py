@@ -12,6 +12,7 @@ from apar.runtime.cli.parser import Parser
 KINDS = {
     "generate": "an engine on its prompts, without and with branches: steps, time, KV blocks, memory bandwidth",
     "host": "the runtime's own cost a step, without any model",
+    "trees": "recorded answers on an engine of any shape: what forks save in steps and in time",
     "replay": "scheduling under load: recorded answers on a virtual clock, without any model",
 }
 """Name and summary. The module of the same name has `DESCRIPTION`, `add_options(parser)`, `measure(options)`, which

@@ -1,0 +1,47 @@
+"""Options of measurements that run an engine whatever its weights say: a shape, or an engine."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from apar.runtime.cli.parser import Parser, whole
+
+
+def add_shape_options(parser: Parser, default_format: str = "int4") -> argparse._ArgumentGroup:
+    """Which engine, and how it runs; see `executor_options`."""
+    group = parser.add_argument_group("engine")
+    group.add_argument(
+        "--shape",
+        default="100m",
+        metavar="SHAPE|ENGINE",
+        help="10m, 100m, 1b (TinyLlama) or 7b (APAR-7B) with random weights, built once into the cache directory; or "
+        "an engine or checkpoint directory, or `tiny`",
+    )
+    group.add_argument(
+        "--format",
+        choices=("f32", "bf16", "int8", "int4"),
+        default=default_format,
+        help="weights of a shape",
+    )
+    group.add_argument("--layers", type=whole(1), metavar="N", help="other number of layers than the shape's")
+    group.add_argument("--graph", choices=("auto", "native", "portable"), default="auto", help="as for `apar generate`")
+    group.add_argument("--threads", type=whole(1), metavar="N", help="threads of a step (default: physical cores)")
+    group.add_argument(
+        "--spinning",
+        action=argparse.BooleanOptionalAction,
+        help="idle threads poll for work (default: yes, except where the variable CI is set)",
+    )
+    group.set_defaults(num_blocks=None, kv_memory_mb=None)
+    return group
+
+
+def find_shape(options: argparse.Namespace) -> Path:
+    """The engine directory; it is built first where it is not there, with progress on standard error."""
+    from apar.runtime.bench.shapes import shape_engine
+    from apar.runtime.cli.progress import BuildProgress
+
+    title = f"building an engine of shape {options.shape}"
+    with BuildProgress(sys.stderr, title, quiet=options.quiet) as progress:
+        return shape_engine(options.shape, options.format, layers=options.layers, progress=progress)
