@@ -10,7 +10,7 @@ from typing import Any
 from apar.export import calibration as calibration_pass
 from apar.export.calibration import Sample
 from apar.export.errors import AparError, RequestError
-from apar.export.manifest import Manifest
+from apar.export.manifest import Manifest, TokenIds
 from apar.export.tokenizer_files import TokenizerFiles
 from apar.runtime.chat import ChatMessage, render_chat, render_prompt
 from apar.runtime.tokenizer import Tokenizer
@@ -40,6 +40,11 @@ class CalibrationText:
         self._path = path
         self._tokens = tokens
         self._entries = None if path is None else _read(path)
+
+    @property
+    def name(self) -> str:
+        """What is read, for people."""
+        return FILE_NAME if self._path is None else self._path.name
 
     def __call__(self, manifest: Manifest, files: TokenizerFiles) -> list[Sample]:
         """Samples of at most `tokens` tokens. Raises RequestError for an entry that cannot be used."""
@@ -114,7 +119,7 @@ def _paths(entry: Any, tokenizer: Tokenizer) -> list[list[int]]:
     if not isinstance(entry, dict):
         raise RequestError("an entry is a text, or an object with `text`, `prompt` or `messages`")
     if isinstance(entry.get("branches"), list) and isinstance(entry.get("prompt_token_ids"), list):
-        return _recorded_paths(entry["prompt_token_ids"], entry["branches"], tokenizer)
+        return [path for path, _ in recorded_paths(entry["prompt_token_ids"], entry["branches"], tokenizer.tokens)]
     if isinstance(entry.get("text"), str):
         return [render_prompt(entry["text"], tokenizer)]
     prompt, answer = _asked(entry, tokenizer)
@@ -161,24 +166,25 @@ def _is_segment(segment: Any) -> bool:
     return len(segment) == 1 or segment[1] is None or isinstance(segment[1], str)
 
 
-def _recorded_paths(prompt: Any, branches: list[Any], tokenizer: Tokenizer) -> list[list[int]]:
-    """Every branch's path in an answer of `apar generate --json`."""
-    paths: list[list[int]] = []
-    starts: list[int] = []  # where a branch's own tokens begin on its path
+def recorded_paths(prompt: Any, branches: Sequence[Any], tokens: TokenIds) -> list[tuple[list[int], int]]:
+    """Every branch's path in an answer of `apar generate --json`, and where its own tokens begin on it.
+
+    Raises RequestError where this is no such answer.
+    """
+    paths: list[tuple[list[int], int]] = []
     try:
         for branch in branches:
             own = [int(token) for token in branch["token_ids"]]
             if branch["finish_reason"] == "stop":
-                own.append(tokenizer.tokens.eos[0])
+                own.append(tokens.eos[0])
             begin = [int(token) for token in prompt]
             if branch["parent_id"] is not None:
                 parent = branches[branch["parent_id"]]
                 nth = parent["children"].index(branch["branch_id"])
-                path, first = paths[branch["parent_id"]], starts[branch["parent_id"]]
-                forks = [i for i in range(first, len(path)) if path[i] == tokenizer.tokens.fork]
-                begin = [*path[: forks[nth] + 1], tokenizer.tokens.child]
-            starts.append(len(begin))
-            paths.append([*begin, *own])
+                path, first = paths[branch["parent_id"]]
+                forks = [i for i in range(first, len(path)) if path[i] == tokens.fork]
+                begin = [*path[: forks[nth] + 1], tokens.child]
+            paths.append(([*begin, *own], len(begin)))
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise RequestError(f"this is no answer of this checkpoint's `apar generate --json` ({error!r})") from error
     return paths
