@@ -34,6 +34,7 @@ class FaultyExecutor(OnnxExecutor):
             while self._order().get("hold_at") == order["hold_at"]:
                 time.sleep(0.002)
             (self._control / "holding").unlink()
+            order = self._order()
         if order.get("pause"):
             time.sleep(order["pause"])
         if order.get("fail_at") and order["fail_at"] <= self._steps < order["fail_at"] + order.get("times", 1):

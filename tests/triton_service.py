@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import apar.runtime
-from apar.runtime.serving.repository import repository_source
+from apar.runtime.serving.repository import repository_source, write_repository
 from apar.runtime.serving.triton_server import TritonServer
 
 START_SECONDS = 120.0
@@ -32,8 +32,9 @@ class TritonService:
         server: the installed server.
         folder: for its log and its temporary files.
         engine: what the model `apar` runs.
-        environment: further variables, such as those that the configuration is filled from.
-        repository: of models; by default the shipped one as it stands.
+        parameters: of the models, written into a copy of the repository; without them the shipped one is served.
+        environment: further variables.
+        repository: another one.
         options: further options of the server.
     """
 
@@ -42,6 +43,7 @@ class TritonService:
         server: TritonServer,
         folder: Path,
         engine: Path,
+        parameters: dict[str, str] | None = None,
         environment: dict[str, str] | None = None,
         repository: Path | None = None,
         options: tuple[str, ...] = (),
@@ -50,6 +52,9 @@ class TritonService:
         self.folder = folder
         self.log = folder / "server.log"
         folder.mkdir(parents=True, exist_ok=True)
+        if parameters:
+            repository = folder / "repository"
+            write_repository(repository, parameters)
         self._prefix = f"apar_test_{os.getpid()}_{self.http_port}_"
         self._command = server.command(
             f"--model-repository={repository or repository_source()}",
@@ -124,7 +129,7 @@ class TritonService:
     def is_ready(self) -> bool:
         """What the server says of itself."""
         try:
-            return self._get(self.http_port, "/v2/health/ready")[0] == 200
+            return self.request("GET", "/v2/health/ready")[0] == 200
         except OSError:
             return False
 
@@ -187,12 +192,8 @@ class TritonService:
 
     def post(self, inputs: Any, model: str = "apar", endpoint: str = "generate") -> tuple[int, bytes]:
         """Status and body; `inputs` is JSON, or bytes as they are to be sent."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.http_port, timeout=120)
-        with contextlib.closing(connection):
-            body = inputs if isinstance(inputs, bytes) else json.dumps(inputs)
-            connection.request("POST", f"/v2/models/{model}/{endpoint}", body, {"Content-Type": "application/json"})
-            response = connection.getresponse()
-            return response.status, response.read()
+        body = inputs if isinstance(inputs, bytes) else json.dumps(inputs)
+        return self.request("POST", f"/v2/models/{model}/{endpoint}", body)
 
     def stream(self, inputs: dict[str, Any], model: str = "apar") -> Iterator[dict[str, Any]]:
         """Responses over HTTP `generate_stream` as they come; closing the iterator closes the connection."""
@@ -210,7 +211,7 @@ class TritonService:
 
     def metrics(self) -> dict[str, float]:
         """Every value of the metrics page whose name begins with `apar:`, by name and labels but `model`."""
-        page = self._get(self.metrics_port, "/metrics")[1].decode()
+        page = self.request("GET", "/metrics", port=self.metrics_port)[1].decode()
         found = {}
         for line in page.splitlines():
             if line.startswith("apar:"):
@@ -235,10 +236,11 @@ class TritonService:
         time.sleep(1.2)  # numbers are at most this old
         return self.await_metrics(num_requests_running=0, num_requests_waiting=0, num_branches_live=0, kv_blocks_used=0)
 
-    def _get(self, port: int, path: str) -> tuple[int, bytes]:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    def request(self, method: str, path: str, body: str | bytes | None = None, port: int = 0) -> tuple[int, bytes]:
+        """Status and body of any request to the server's HTTP port, or to another one."""
+        connection = http.client.HTTPConnection("127.0.0.1", port or self.http_port, timeout=120)
         with contextlib.closing(connection):
-            connection.request("GET", path)
+            connection.request(method, path, body, {"Content-Type": "application/json"})
             response = connection.getresponse()
             return response.status, response.read()
 

@@ -31,7 +31,7 @@ FIRST_BACKOFF, LAST_BACKOFF = 0.2, 10.0
 HEALTHY_AFTER = 60.0
 """Seconds of service after which the next failure counts as the first."""
 HELLO_TIMEOUT = 30.0
-OWNER_APPEARS = 15.0
+OWNER_APPEARS = 10.0
 """Seconds that a model without an engine of its own waits for the model that has it to begin loading."""
 GOODBYE = 10.0
 
