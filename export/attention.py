@@ -41,6 +41,8 @@ class ForkAttention:
     """Name of tree_mask's first dimension."""
     pools_in_graph = True
     """The graph takes and returns the pools; otherwise whoever runs the node knows them."""
+    more_inputs: tuple[str, ...] = ()
+    """Values that the node takes beside those of the contract."""
 
     def __init__(self, block_size: int, kv_dtype: str, value_dtype: str = "float32") -> None:
         """`kv_dtype` is the pools' element type, `value_dtype` that of qkv and of the result."""
@@ -86,6 +88,7 @@ class ForkAttention:
                 graph.cast(qkv, kind, f"{qkv}.{self._value_dtype}"),
                 *([f"past_kv_{layer}"] if self.pools_in_graph else []),
                 *_INPUTS,
+                *self.more_inputs,
             ],
             [output, *([f"present_kv_{layer}"] if self.pools_in_graph else [])],
             name=output,
@@ -206,7 +209,8 @@ def register_schema() -> None:
     if defs.has(OP, 1, DOMAIN):
         return
     parameter, attribute = defs.OpSchema.FormalParameter, defs.OpSchema.Attribute
-    # A node whose pools are bound elsewhere has one input and one output less, which a schema says of the last ones.
+    # The last two inputs are TensorRT's alone. A node whose pools are bound elsewhere has one input and one output
+    # less, which a schema can only say of the last ones.
     optional = defs.OpSchema.FormalParameterOption.Optional
     kind = defs.OpSchema.AttrType
     required = {"num_heads": kind.INT, "num_kv_heads": kind.INT, "head_dim": kind.INT, "block_size": kind.INT}
@@ -228,6 +232,8 @@ def register_schema() -> None:
                 parameter("past_kv", "P", "[2, B, K, block_size, D]"),
                 *(parameter(name, "tensor(int32)", "step contract") for name in _INPUTS[:-1]),
                 parameter(_INPUTS[-1], "tensor(int32)", "step contract", param_option=optional),
+                parameter("plan", "tensor(int32)", "of the step, from ForkPlan", param_option=optional),
+                parameter("inv_freq", "tensor(float)", "rope_inv_freq on the device", param_option=optional),
             ],
             outputs=[
                 parameter("attention", "T", "[T, H * D]"),

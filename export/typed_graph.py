@@ -17,6 +17,7 @@ from onnx import TensorProto
 from apar.export.attention import DOMAIN, ELEMENT_KINDS, ForkAttention
 from apar.export.decoder import Graph
 from apar.export.errors import BuildError
+from apar.export.manifest import ABI_VERSION
 from apar.export.sharding import ROW_PARALLEL, Shard
 
 OPSET = 19
@@ -26,6 +27,7 @@ TensorRT (in-place) or is (aliased), or by addresses that the executor gives the
 TensorRT that copies pools."""
 PLUGIN_VERSION = "1"
 PLUGIN_NAMESPACE = ""
+_PLAN_INPUTS = ("query_start", "kv_len", "slot_mapping", "prefix_rows", "prefix_blocks", "tree_mask")
 
 
 class PlainNorm:
@@ -94,7 +96,7 @@ class TypedLinear:
         return graph.node("Slice", [joined, *bounds], name)
 
     def _collective(self, graph: Graph, op: str, value: str, output: str) -> str:
-        register_collectives()
+        register_schemas()
         return graph.node(
             op,
             [value],
@@ -109,11 +111,13 @@ class TypedLinear:
 class TensorRtAttention(ForkAttention):
     """The node as TensorRT's plugin takes it: everything in the engine's dtype.
 
-    TensorRT has no comfortable empty tensors, so a dimension is never 0: unused slot copies are (-1, -1), unused
-    groups have no rows, and a tree_mask of one row in a step of more tokens says that there is no mask (W = 0).
+    TensorRT has no comfortable empty tensors, so a dimension is never 0: the first row of slot_copies is no copy,
+    groups may have no rows, and a tree_mask with fewer rows than the step has tokens says that there is no mask
+    (W = 0). Which program reads which keys is worked out once a step, by a ForkPlan node that all layers read.
     """
 
     mask_rows = "M"
+    more_inputs = ("plan", "rope.inv_freq")
 
     def __init__(self, block_size: int, dtype: str, kv_binding: str, engine_id: int = 0) -> None:
         if kv_binding not in KV_BINDINGS:
@@ -123,30 +127,64 @@ class TensorRtAttention(ForkAttention):
         self._binding = KV_BINDINGS.index(kv_binding)
         self._engine_id = engine_id
 
+    def prepare(self, graph: Graph) -> None:
+        """The plan of the step, and RoPE's frequencies where kernels can read them."""
+        register_schemas()
+        config = graph.config
+        graph.constant("rope.inv_freq", np.array(config.rope_inv_freq, np.float32))
+        graph.node(
+            "ForkPlan",
+            _PLAN_INPUTS,
+            "plan",
+            domain=DOMAIN,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            block_size=self._block_size,
+            abi_version=ABI_VERSION,
+            plugin_version=PLUGIN_VERSION,
+            plugin_namespace=PLUGIN_NAMESPACE,
+        )
+        graph.kinds["plan"] = TensorProto.INT32
+
     def more_attributes(self, layer: int) -> dict[str, Any]:
         """`kv_binding` (index of KV_BINDINGS), and what finds the pool where it is bound."""
         return {"kv_binding": self._binding, "engine_id": self._engine_id, "layer": layer}
 
 
-def register_collectives() -> None:
-    """Make AllReduce and AllGather known to the onnx package, so that its checker accepts graphs that hold them."""
+def register_schemas() -> None:
+    """Make the plugins' further operators known to the onnx package, so that its checker accepts graphs with them."""
+    if onnx.defs.has("ForkPlan", 1, DOMAIN):
+        return
     schema = onnx.defs.OpSchema
-    for op, shape in (("AllReduce", "as x: the sum over all ranks"), ("AllGather", "[ranks, *x]: every rank's x")):
-        if onnx.defs.has(op, 1, DOMAIN):
-            continue
-        text = (("plugin_version", PLUGIN_VERSION), ("plugin_namespace", PLUGIN_NAMESPACE))
+    integer = schema.AttrType.INT
+
+    def register(
+        op: str, doc: str, inputs: tuple[str, ...], output: str, types: list[str], attributes: tuple[str, ...]
+    ) -> None:
+        text = {"plugin_version": PLUGIN_VERSION, "plugin_namespace": PLUGIN_NAMESPACE}
+        optional = [schema.Attribute(key, onnx.helper.make_attribute(key, value), "") for key, value in text.items()]
         onnx.defs.register_schema(
             schema(
                 op,
                 DOMAIN,
                 1,
-                doc="A collective of the ranks of a tensor-parallel engine.",
-                inputs=[schema.FormalParameter("x", "T", "this rank's part")],
-                outputs=[schema.FormalParameter("y", "T", shape)],
-                type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "")],
-                attributes=[
-                    schema.Attribute("ranks", schema.AttrType.INT, "", required=True),
-                    *(schema.Attribute(name, onnx.helper.make_attribute(name, default), "") for name, default in text),
-                ],
+                doc=doc,
+                inputs=[schema.FormalParameter(name, "T", "") for name in inputs],
+                outputs=[schema.FormalParameter(output, "T", "")],
+                type_constraints=[("T", types, "")],
+                attributes=[*(schema.Attribute(name, integer, "", required=True) for name in attributes), *optional],
             )
         )
+
+    floats = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
+    register("AllReduce", "The sum of x over all ranks.", ("x",), "y", floats, ("ranks",))
+    register("AllGather", "Every rank's x: [ranks, *x].", ("x",), "y", floats, ("ranks",))
+    register(
+        "ForkPlan",
+        "Which program of the attention kernel reads which keys in this step (plugins/gpu/plan.py).",
+        _PLAN_INPUTS,
+        "plan",
+        ["tensor(int32)"],
+        ("num_heads", "num_kv_heads", "head_dim", "block_size", "abi_version"),
+    )

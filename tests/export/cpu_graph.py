@@ -3,6 +3,7 @@
 The graph is executed as it is, except where that provider has no kernels: casts go around the attention node (whose
 CPU kernels take float32 and float16 pools), and around bfloat16 operators, which then compute in float32 on bfloat16
 operands and round their result to bfloat16: what a GPU does. bfloat16 pools are kept in float32: one rounding less.
+The ForkPlan node, which only tells GPU programs their share of the work, is left out.
 """
 
 from __future__ import annotations
@@ -34,6 +35,11 @@ def for_cpu(path: Path) -> onnx.ModelProto:
         return output
 
     for node in graph.node:
+        if node.op_type == "ForkPlan":
+            continue
+        if node.op_type == "ForkAttention":
+            assert list(node.input[-2:]) == ["plan", "rope.inv_freq"]
+            del node.input[-2:]
         kind = next((a.i for a in node.attribute if a.name == "to"), kinds.get(node.input[0], TensorProto.FLOAT))
         kinds.update(dict.fromkeys(node.output[:1], kind))
         inner = node.op_type == "ForkAttention" and kind != TensorProto.FLOAT

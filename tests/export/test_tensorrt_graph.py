@@ -153,7 +153,8 @@ def check_types(model: onnx.ModelProto, kind: int) -> None:
             continue
         values = [value for i, value in enumerate(node.input) if i not in index_operands.get(node.op_type, ())]
         if node.op_type == "ForkAttention":
-            assert {kinds[value] for value in values if kinds[value] != TensorProto.INT32} == {kind}
+            assert {kinds[value] for value in values[:-1] if kinds[value] != TensorProto.INT32} == {kind}
+            assert (kinds[values[-2]], kinds[values[-1]]) == (TensorProto.INT32, TensorProto.FLOAT)
             kinds.update(dict.fromkeys(node.output, kind))
             continue
         assert len({kinds[value] for value in values}) == 1, node.name
