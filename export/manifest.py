@@ -92,6 +92,36 @@ class TokenIds:
 
 
 @dataclass(frozen=True, slots=True)
+class TensorRtEngine:
+    """What a compiled TensorRT engine was made for, and what a step may hold."""
+
+    version: str
+    """TensorRT that compiled it, such as 10.14.1.48; an engine runs with no other."""
+    compute_capability: str
+    """Of the GPU that it was compiled on, such as 9.0; it runs on no other kind."""
+    device: str
+    """That GPU's name, for people."""
+    max_rows: int
+    """Branches in one step."""
+    max_tokens: int
+    """Tokens in one step."""
+    max_blocks: int
+    """Blocks that the KV pool may have."""
+    table_width: int
+    """Blocks of the longest path."""
+    max_copies: int
+    """Slot copies in one step."""
+    kv_fraction: float
+    """Part of the GPU's memory, free after the weights, that pools take by default."""
+    kv_binding: str = "in-place"
+    """How the plugin gets at the pools (typed_graph.KV_BINDINGS)."""
+    engine_id: int = 0
+    """Finds the pools of this engine where they are bound."""
+    tp_size: int = 1
+    """Ranks that compute the model together, each with an engine file `rank{r}.engine`."""
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """Contents of `manifest.json`."""
 
@@ -116,6 +146,8 @@ class Manifest:
     apar_version: str = ""
     files: dict[str, int] = field(default_factory=dict)
     """Size in bytes of every other file of the engine: a truncated copy is found at load."""
+    tensorrt: TensorRtEngine | None = None
+    """Of a TensorRT engine; it has no graph that another executor could run."""
     format_version: int = FORMAT_VERSION
     abi_version: int = ABI_VERSION
 

@@ -34,9 +34,9 @@ def library_path() -> Path:
         if not path.is_file():
             raise PluginError(f"{LIBRARY_VARIABLE} is {given!r}, which is no file; correct it or unset it")
         return path.resolve()
-    for path in _candidates():
-        if path.is_file():
-            return path.resolve()
+    found = find_library(LIBRARY_NAME)
+    if found is not None:
+        return found
     raise PluginError(
         f"apar was installed without its native library ({LIBRARY_NAME}), so only the portable graph runs. {_REMEDY}"
     )
@@ -70,17 +70,22 @@ def cpu_isa(path: Path) -> str:
     return name.decode("ascii")
 
 
-def _candidates() -> Iterator[Path]:
-    """Places of the library: beside this package, then where the installer put it (an editable install
+def find_library(name: str) -> Path | None:
+    """The built library with this file name, or None."""
+    return next((path.resolve() for path in _candidates(name) if path.is_file()), None)
+
+
+def _candidates(name: str = LIBRARY_NAME) -> Iterator[Path]:
+    """Places of a library: beside this package, then where the installer put it (an editable install
     leaves the sources in the checkout and the library among the installed files)."""
     for folder in __path__:
-        yield Path(folder) / LIBRARY_NAME
+        yield Path(folder) / name
     try:
         files = metadata.files("apar") or []
     except metadata.PackageNotFoundError:
         return
     for file in files:
-        if file.name == LIBRARY_NAME:
+        if file.name == name:
             yield Path(str(file.locate()))
 
 
