@@ -198,11 +198,13 @@ class Manifest:
             tokens = dict(data["tokens"])
             tokens["eos"] = tuple(int(i) for i in tokens["eos"])
             heads = data.get("draft_heads")
-            rest = {k: v for k, v in data.items() if k not in ("decoder", "tokens", "draft_heads")}
+            tensorrt = data.get("tensorrt")
+            rest = {k: v for k, v in data.items() if k not in ("decoder", "tokens", "draft_heads", "tensorrt")}
             return cls(
                 decoder=DecoderConfig(**decoder),
                 tokens=TokenIds(**tokens),
                 draft_heads=None if heads is None else DraftHeads(**heads),
+                tensorrt=None if tensorrt is None else TensorRtEngine(**tensorrt),
                 **rest,
             )
         except (KeyError, TypeError, ValueError) as error:

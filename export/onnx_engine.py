@@ -101,7 +101,7 @@ def build(
     source = Checkpoint.open(checkpoint, draft_heads)
     tokenizer = read_tokenizer(checkpoint)
     manifest = Manifest(
-        decoder=replace(source.decoder, max_context=_max_context(source, max_context)),
+        decoder=replace(source.decoder, max_context=longest_context(source, max_context)),
         tokens=resolve_tokens(source.config, tokenizer, fork_token, child_token),
         block_size=block_size,
         dtype="float16" if quantize != "none" and dtype == "float32" else dtype,
@@ -112,7 +112,7 @@ def build(
         quantize_method=method,
         draft_heads=source.heads.shape if source.heads else None,
         source=checkpoint.resolve().name,
-        apar_version=_version(),
+        apar_version=installed_version(),
     )
     plan = list(weight_plan(manifest.decoder, quantized=quantize != "none", heads=manifest.draft_heads))
     storage = {weight.name: _storage(weight, manifest) for weight in plan}
@@ -169,7 +169,7 @@ def _method(quantize: str, method: str | None, zero_points: bool, calibration: C
     return method
 
 
-def _max_context(source: Checkpoint, wanted: int | None) -> int:
+def longest_context(source: Checkpoint, wanted: int | None) -> int:
     if wanted is None:
         return source.decoder.max_context
     if not 0 < wanted <= source.config.context_limit:
@@ -281,7 +281,7 @@ def _checkpoint_bytes(source: Checkpoint, weight: Weight) -> int:
     return sum(t.shape[0] * t.row_size * FLOAT_TYPES[t.dtype].itemsize for t in tensors)
 
 
-def _version() -> str:
+def installed_version() -> str:
     try:
         return importlib.metadata.version("apar")
     except importlib.metadata.PackageNotFoundError:

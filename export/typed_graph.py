@@ -112,8 +112,9 @@ class TensorRtAttention(ForkAttention):
     """The node as TensorRT's plugin takes it: everything in the engine's dtype.
 
     TensorRT has no comfortable empty tensors, so a dimension is never 0: the first two rows of slot_copies are no
-    copies (two, which keeps the others aligned), groups may have no rows, and a tree_mask with fewer rows than the step has tokens says that there is no mask
-    (W = 0). Which program reads which keys is worked out once a step, by a ForkPlan node that all layers read.
+    copies (two, which keeps the others aligned), groups may have no rows, and a tree_mask with fewer rows than the
+    step has tokens says that there is no mask (W = 0). Which program reads which keys is worked out once a step, by a
+    ForkPlan node that all layers read.
     """
 
     mask_rows = "M"

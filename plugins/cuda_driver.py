@@ -64,13 +64,13 @@ class CudaDevice:
 
     def activate(self) -> None:
         """Make the primary context, which TensorRT uses too, the calling thread's."""
-        if not self._context:
+        if self._context.value is None:
             self._call("cuDevicePrimaryCtxRetain", byref(self._context), self._device)
         self._call("cuCtxSetCurrent", self._context)
 
     def close(self) -> None:
         """Release the primary context. Idempotent."""
-        if self._context:
+        if self._context.value is not None:
             self._context = c_void_p()
             self._call("cuDevicePrimaryCtxRelease_v2", self._device)
 
@@ -89,7 +89,7 @@ class CudaDevice:
         address = c_void_p()
         self._call("cuMemHostAlloc", byref(address), c_size_t(max(size, 1)), c_uint(0))
         assert address.value is not None
-        return np.frombuffer((ctypes.c_uint8 * max(size, 1)).from_address(address.value), np.uint8)
+        return np.ctypeslib.as_array((ctypes.c_uint8 * max(size, 1)).from_address(address.value))
 
     def free_host(self, array: npt.NDArray[np.uint8]) -> None:
         """Give pinned memory back; `array` must not be used after this."""

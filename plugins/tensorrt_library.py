@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from ctypes import c_char_p, c_int32, c_int64, c_void_p
 from pathlib import Path
+from typing import Any
 
 from apar.export.errors import PluginError
 from apar.export.manifest import ABI_VERSION
@@ -85,7 +86,7 @@ class TensorRtLibrary:
         return run.value, copied.value
 
 
-_FUNCTIONS = (
+_FUNCTIONS: tuple[tuple[str, Any, list[Any]], ...] = (
     ("apar_tensorrt_major", c_int32, []),
     ("apar_tensorrt_abi_version", c_int32, []),
     ("apar_tensorrt_status", c_char_p, []),

@@ -30,7 +30,7 @@ class Engine:
 
     Args:
         executor: a loaded executor; the engine closes it.
-        limits: sizes of the scheduler.
+        limits: sizes of the scheduler; steps are kept to what the executor takes.
         clock: seconds, never going back; deadlines are counted by it.
     """
 
@@ -41,7 +41,7 @@ class Engine:
         *,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        limits = limits or SchedulerLimits()
+        limits = (limits or SchedulerLimits()).within(executor.step_limits)
         manifest = executor.manifest
         self.executor = executor
         self.clock = clock

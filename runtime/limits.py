@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from apar.export.errors import CapacityError
 
@@ -29,6 +29,17 @@ class SchedulerLimits:
                 f"max_step_tokens ({self.max_step_tokens}) must be at least twice max_rows ({self.max_rows}): "
                 "a branch's first step has two tokens"
             )
+
+    def within(self, step_limits: tuple[int, int] | None) -> SchedulerLimits:
+        """These limits, but with steps of at most so many (rows, tokens)."""
+        if step_limits is None:
+            return self
+        rows, tokens = step_limits
+        return replace(
+            self,
+            max_rows=min(self.max_rows, rows),
+            max_step_tokens=min(self.max_step_tokens, tokens),
+        )
 
     @property
     def admitted_rows(self) -> int:

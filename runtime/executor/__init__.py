@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from apar.export.errors import ExecutorError
+from apar.export.manifest import Manifest
 from apar.runtime.executor.base import Executor
 
 __all__ = ["EXECUTORS", "Executor", "load_executor"]
@@ -14,18 +15,22 @@ __all__ = ["EXECUTORS", "Executor", "load_executor"]
 EXECUTORS = {
     "onnx": ("apar.runtime.executor.onnx", "OnnxExecutor"),
     "torch": ("apar.runtime.executor.torch_executor", "TorchExecutor"),
+    "tensorrt": ("apar.runtime.executor.tensorrt_executor", "TensorRtExecutor"),
 }
 
 
 def load_executor(engine: Path, name: str = "auto", **options: Any) -> Executor:
-    """Load an engine directory with the executor called `name`; "auto" is onnx, which runs everywhere.
+    """Load an engine directory with the executor called `name`; "auto" is what the engine was built for.
 
     `package.module:Class` names an executor of one's own. Options are those of the executor's constructor, such as
     `num_blocks`.
     Raises ExecutorError for an unknown name or option, and what the constructor raises.
     """
-    if name == "auto":
-        name = "onnx"
+    if name in ("auto", "onnx", "torch"):
+        compiled = Manifest.load(Path(engine)).tensorrt is not None
+        if compiled and name != "auto":
+            raise ExecutorError(f"{engine} is a TensorRT engine, which the {name} executor cannot run; use tensorrt")
+        name = ("tensorrt" if compiled else "onnx") if name == "auto" else name
     module, attribute = EXECUTORS.get(name) or name.partition(":")[::2]
     if not attribute:
         raise ExecutorError(

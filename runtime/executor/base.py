@@ -31,6 +31,11 @@ class Executor(ABC):
     num_blocks: int
     detail: str
 
+    @property
+    def step_limits(self) -> tuple[int, int] | None:
+        """Rows and tokens that a step may have, where the engine was compiled for so many."""
+        return None
+
     @abstractmethod
     def execute(self, inputs: StepInputs) -> Float32Array:
         """Run one step and return logits float32 [L, vocab].

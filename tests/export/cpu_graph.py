@@ -22,9 +22,9 @@ from apar.runtime.step import INPUT_NAMES, StepInputs
 _ROUNDED = ("Gemm", "Add", "Transpose", "Reshape", "Slice", "Gather")
 
 
-def for_cpu(path: Path) -> onnx.ModelProto:
-    """The model at `path` with its weights, made runnable by the CPU provider."""
-    model = onnx.load(path)
+def for_cpu(source: Path | onnx.ModelProto) -> onnx.ModelProto:
+    """The model at a path, or with its weights inside, made runnable by the CPU provider."""
+    model = onnx.load(source) if isinstance(source, Path) else source
     graph = model.graph
     kinds = {tensor.name: tensor.data_type for tensor in graph.initializer}
     kinds |= {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.output)}
