@@ -120,6 +120,35 @@ def show_replay(result: Result, console: Console | None = None) -> None:
     console.print(escape(f"times are those of the cost model {model['name']}, not of a device"))
 
 
+def show_serve(result: Result, console: Console | None = None) -> None:
+    """A service under load, and beside it the runtime alone where it was measured."""
+    console = console or Console(highlight=False)
+    chosen = result["settings"]
+    title = f"{result['target']}: {chosen['requests']} requests a line, {chosen['max_tokens']} tokens each at most"
+    table = new_table(escape(title))
+    table.add_column("in flight", no_wrap=True)
+    for name in ("tokens/s", "first token", "next piece", "answer", "more/token"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for record in result["records"]:
+        for way in ("service", "runtime"):
+            if way in record:
+                part, more = record[way], record.get("overhead_us_per_token")
+                name = f"{record['streams']}, {'no forks' if record['mode'] == 'plain' else 'forks'}"
+                times = [
+                    f"{part[k]['p50']:.1f} / {part[k]['p99']:.1f}" for k in ("first_token_ms", "between_pieces_ms")
+                ]
+                table.add_row(
+                    name if way == "service" else "  runtime alone",
+                    f"{part['tokens_per_second']:,.0f}",
+                    *times,
+                    f"{part['answer_ms']['p50']:.0f}",
+                    "" if way == "runtime" or more is None else f"{more:.0f} us",
+                )
+    console.print(table)
+    console.print("milliseconds, p50 / p99; a piece may hold several tokens, where they come faster than they are sent")
+    console.print(machine_line(result["machine"]))
+
+
 def machine_line(machine: Result) -> str:
     """What it was measured on, on one line."""
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())

@@ -4,17 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import os
 import signal
-import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from apar.export.errors import RequestError, ServingError
 from apar.runtime.cli.engine_options import find_engine
@@ -23,7 +15,6 @@ from apar.runtime.cli.sampling_options import add_sampling_options, sampling_par
 from apar.runtime.cli.serve import server_for
 
 QUESTION = "Give me four facts about owls."
-START_SECONDS, STOP_SECONDS = 180.0, 60.0
 DESCRIPTION = """\
 Build the tiny engine that ships with apar, serve it with NVIDIA's Triton server, ask it over gRPC with NVIDIA's client,
 draw the branches as they are decoded, and shut everything down. What an installation can do, in one command.
@@ -77,6 +68,7 @@ def run(options: argparse.Namespace) -> int:
 
     from apar.runtime.serving.grpc_view import show_answers
     from apar.runtime.serving.model_inputs import model_inputs
+    from apar.runtime.serving.own_service import OPEN_TRITON, own_service
 
     names = [field.name for field in dataclasses.fields(params) if hasattr(options, field.name)]
     inputs = {**model_inputs(params, names), "branch_events": True}
@@ -85,7 +77,8 @@ def run(options: argparse.Namespace) -> int:
     live = options.view == "live" or (options.view == "auto" and sys.stdout.isatty() and sys.stderr.isatty())
     form = "events" if options.events else "live" if live else "text"
     pace = options.pace if options.pace is not None else 0.08 if form == "live" else 0.0
-    with _service(options) as urls:
+    more = ["--tritonserver", options.tritonserver] if options.tritonserver else []
+    with own_service("tiny", *OPEN_TRITON, *more, debug=options.debug, quiet=options.quiet) as urls:
         if not options.quiet:
             for name in ("openai", "triton_grpc", "triton_http"):
                 print(f"apar: {name.replace('_', ' ')}: {urls[name]}", file=sys.stderr)
@@ -109,63 +102,3 @@ def _require_packages() -> None:
         raise ServingError(
             f"the demo needs the package {error.name}; install apar with its extra: pip install 'apar[serve]'"
         ) from None
-
-
-@contextmanager
-def _service(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """`apar serve tiny` as a process of its own, on free ports; its URLs. Ended in order, or else ServingError."""
-    from apar.runtime.serving import launch
-
-    with tempfile.TemporaryDirectory(prefix="apar-demo-") as folder:
-        file, log = Path(folder) / "urls.json", Path(folder) / "log"
-        command = [sys.executable, "-m", "apar.runtime.cli", "serve", "tiny", "-q", "--port", "0", "--urls", str(file)]
-        command += ["--triton-address", "127.0.0.1"]
-        for name in ("grpc", "http", "metrics"):
-            command += [f"--triton-{name}-port", "0"]
-        if options.tritonserver:
-            command += ["--tritonserver", options.tritonserver]
-        if options.debug:
-            command += ["--debug"]
-        # It ends with this process, however that ends, and does not hear the terminal's Ctrl-C by itself.
-        launcher = [sys.executable, "-I", "-S", launch.__file__, str(os.getpid()), str(int(signal.SIGTERM))]
-        with log.open("wb") as said:
-            errors = None if options.debug else said
-            process = subprocess.Popen(
-                [*launcher, *command], stdin=subprocess.DEVNULL, stdout=said, stderr=errors, start_new_session=True
-            )
-        try:
-            yield _wait(process, file, log, quiet=options.quiet)
-        except BaseException:
-            _end(process)
-            raise
-        if _end(process) != 0:
-            raise ServingError(f"the service did not end in order (exit code {process.returncode}):\n{_read(log)}")
-
-
-def _wait(process: subprocess.Popen[bytes], file: Path, log: Path, quiet: bool) -> dict[str, Any]:
-    """The service's URLs, once it answers."""
-    if not quiet:
-        print("apar: starting the service ...", file=sys.stderr)
-    end = time.monotonic() + START_SECONDS
-    while not file.exists():
-        if process.poll() is not None:
-            raise ServingError(f"the service did not start: {_read(log)}")
-        if time.monotonic() > end:
-            raise ServingError(f"the service did not answer within {START_SECONDS:g} s:\n{_read(log)}")
-        time.sleep(0.05)
-    urls: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return urls
-
-
-def _end(process: subprocess.Popen[bytes]) -> int:
-    process.terminate()
-    try:
-        return process.wait(STOP_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        return process.wait()
-
-
-def _read(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return "\n".join(line.removeprefix("apar: error: ") for line in lines[-15:])

@@ -20,9 +20,9 @@ DEFAULT_ROWS = 256
 DEFAULT_STEP_TOKENS = 1024
 
 
-def add_engine_options(parser: Parser) -> None:
+def add_engine_options(parser: Parser, required: bool = True) -> None:
     """ENGINE and how to run it."""
-    parser.add_argument("engine", metavar="ENGINE", help=ENGINE_HELP)
+    parser.add_argument("engine", metavar="ENGINE", nargs=None if required else "?", help=ENGINE_HELP)
     group = parser.add_argument_group("how it runs")
     group.add_argument(
         "--executor", choices=("auto", "onnx", "torch"), default="auto", help="what runs the model; auto is onnx"
@@ -77,6 +77,16 @@ def executor_options(options: argparse.Namespace) -> dict[str, Any]:
     if options.kv_memory_mb is not None:
         found["kv_memory_bytes"] = options.kv_memory_mb << 20
     return found
+
+
+def engine_arguments(options: argparse.Namespace) -> list[str]:
+    """The same options as a command line, for another `apar` command; ENGINE is not among them."""
+    names = ("executor", "graph", "threads", "num_blocks", "kv_memory_mb", "max_rows", "max_step_tokens")
+    given = [(f"--{name.replace('_', '-')}", getattr(options, name)) for name in names]
+    arguments = [str(part) for pair in given if pair[1] is not None for part in pair]
+    if options.spinning is not None:
+        arguments.append("--spinning" if options.spinning else "--no-spinning")
+    return arguments
 
 
 def scheduler_limits(options: argparse.Namespace, *, prefix_caching: bool = True) -> SchedulerLimits:

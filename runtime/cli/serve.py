@@ -124,7 +124,7 @@ def run(options: argparse.Namespace) -> int:
     except RequestError as error:
         parser.error(str(error))
     keys = _api_keys(options)
-    _require_packages()
+    require_packages()
 
     import asyncio
     import logging
@@ -161,7 +161,8 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _require_packages() -> None:
+def require_packages() -> None:
+    """Raise ServingError where the extra `serve` is not installed."""
     try:
         import aiohttp  # noqa: F401
         import prometheus_client  # noqa: F401

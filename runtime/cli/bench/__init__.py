@@ -14,6 +14,7 @@ KINDS = {
     "host": "the runtime's own cost a step, without any model",
     "trees": "recorded answers on an engine of any shape: what forks save in steps and in time",
     "quality": "what quantisation costs: distributions, trees and answers against the float32 engine",
+    "serve": "a service under load: throughput, time to first token, its own cost beside the runtime's",
     "replay": "scheduling under load: recorded answers on a virtual clock, without any model",
 }
 """Name and summary. The module of the same name has `DESCRIPTION`, `add_options(parser)`, `measure(options)`, which
