@@ -23,6 +23,7 @@ class FaultyExecutor(OnnxExecutor):
         super().__init__(engine, **options)
         self._control = Path(control)
         self._steps = 0
+        self._leaked: list[bytes] = []
 
     def execute(self, inputs: StepInputs) -> Float32Array:
         """Run the step, unless something else was ordered for it."""
@@ -37,6 +38,8 @@ class FaultyExecutor(OnnxExecutor):
             order = self._order()
         if order.get("pause"):
             time.sleep(order["pause"])
+        if order.get("leak"):
+            self._leaked.append(b"x" * int(order["leak"]))
         if order.get("fail_at") and order["fail_at"] <= self._steps < order["fail_at"] + order.get("times", 1):
             raise ExecutorError("the fault was ordered")
         if order.get("crash_at") == self._steps:
@@ -65,7 +68,8 @@ class Control:
             return 0
 
     def order(self, **order: float) -> None:
-        """Give an order: `hold_at`, `fail_at` (and `times`), `crash_at` a step, or `pause` (seconds before each)."""
+        """Give an order: `hold_at`, `fail_at` (and `times`), `crash_at` a step; for each step `pause` (seconds) or
+        `leak` (bytes)."""
         partial = self.folder / "order.partial"
         partial.write_text(json.dumps(order))
         partial.replace(self.folder / "order")

@@ -267,6 +267,18 @@ def in_threads(count: int, function: Any) -> list[Any]:
     return results
 
 
+def process_tree(pid: int) -> list[int]:
+    """Processes that `pid` started, and those that these started."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+                if int(fields[1]) == pid and fields[0] != "Z":
+                    found += [int(entry.name), *process_tree(int(entry.name))]
+    return found
+
+
 def _free_ports(count: int) -> list[int]:
     with contextlib.ExitStack() as stack:
         probes = [stack.enter_context(socket.socket()) for _ in range(count)]

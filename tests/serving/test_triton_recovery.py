@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from triton_grpc import Stream, text_of
-from triton_service import TritonService
+from triton_service import TritonService, process_tree
 
 from apar.runtime.llm import LLM
 from apar.runtime.sampling_params import SamplingParams
@@ -77,17 +77,6 @@ def test_while_the_engine_is_down(triton: TritonService) -> None:
     triton.await_metrics(engine_ready=1)
 
 
-def children(pid: int) -> list[int]:
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-                if int(fields[1]) == pid and fields[0] != "Z":
-                    found += [int(entry.name), *children(int(entry.name))]
-    return found
-
-
 def gone(pids: list[int]) -> bool:
     for pid in pids:
         with contextlib.suppress(OSError):
@@ -103,7 +92,7 @@ def test_nothing_outlives_the_server(
     service = TritonService(installed_server, tmp_path, tiny_engine)
     with service:
         engine = service.engine_pid()
-        started = children(service.pid)
+        started = process_tree(service.pid)
         assert engine in started and len(started) >= 5
         os.kill(service.pid, number)
         service.await_exit(60)
