@@ -1,7 +1,7 @@
 """Many clients that behave badly and an engine that dies: afterwards everything is as it was before.
 
-64 streams send requests, more than the engine takes at once; some are bad, some are left, stopped or late, and the engine
-is killed twice. Every request gets what it is due, at the end every block is free, and memory has not grown.
+64 streams send requests, more than the engine takes at once; some are bad, left, stopped or late, and the engine is
+killed twice. Every request gets what it is due, at the end every block is free, and memory has not grown.
 """
 
 from __future__ import annotations
