@@ -58,6 +58,8 @@ class EngineProcess:
         self._ended = threading.Event()
         self._reason = ""
         self._reporting = False
+        self._owned = 0.0
+        """`time.monotonic()` when it had an owner last."""
 
     def run(self) -> int:
         """Serve; returns the exit code."""
@@ -144,6 +146,8 @@ class EngineProcess:
                 return
             connection.send(self._facts)  # first of all: as an owner it gets numbers from now on
             connection.role = message.get("role", "view")
+            if connection.role == "owner":
+                self._owned = time.monotonic()
         elif operation == "bye":
             connection.role = ""
             if not self._service.owners():
@@ -174,14 +178,14 @@ class EngineProcess:
     def _watch(self, settings: Settings) -> int:
         """Wait until the process is to end; report numbers and see to it that nothing hangs meanwhile."""
         code = 0
-        alone_since = time.monotonic() + FIRST_GRACE - GRACE
+        begun = time.monotonic()
         while not self._ended.wait(TICK):
             now = time.monotonic()
             owners = self._service.owners()
             if owners:
-                alone_since = now
+                self._owned = now
                 self._report(owners)
-            elif now - alone_since > GRACE:
+            elif now > (self._owned + GRACE if self._owned else begun + FIRST_GRACE):
                 self._end("no model of the server needs it any more")
             if not is_alive(self._server["pid"], self._server["started"]):
                 self._end("the server is gone")

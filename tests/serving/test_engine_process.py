@@ -1,0 +1,290 @@
+"""The engine process by itself: its socket, its messages, and when it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from faulty_executor import NAME, Control
+
+from apar.export.errors import EngineStoppedError
+from apar.runtime.llm import LLM, load_text_engine
+from apar.runtime.outputs import DeltaEvent, FinishEvent, ForkEvent
+from apar.runtime.sampling_params import SamplingParams
+from apar.runtime.serving.engine.connection import SEND_BUFFER, Connection
+from apar.runtime.serving.engine.flight import Flight
+from apar.runtime.serving.engine.process import EXIT_HANGS
+from apar.runtime.serving.engine.request import parse_request
+from apar.runtime.serving.engine.wire import Decoder, Message, encode
+from apar.runtime.tokenizer import Tokenizer
+
+QUESTION = "Name three rules for growing pumpkins."
+
+
+class Model:
+    """A model's side of the socket."""
+
+    def __init__(self, folder: Path, role: str = "owner", settings: dict[str, str] | None = None) -> None:
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.socket.settimeout(60)
+        self.socket.connect(str(folder / "engine.sock"))
+        self._decoder = Decoder()
+        self._read: list[Message] = []
+        self.send({"op": "hello", "role": role, "settings": settings})
+        self.hello = self.take()
+
+    def send(self, message: Message) -> None:
+        self.socket.sendall(encode(message))
+
+    def take(self) -> Message:
+        """The next message that is not about metrics. Raises ConnectionError when the engine hangs up."""
+        while True:
+            while not self._read:
+                data = self.socket.recv(1 << 16)
+                if not data:
+                    raise ConnectionError
+                self._read += self._decoder.feed(data)
+            message = self._read.pop(0)
+            if message.get("op") != "metrics":
+                return message
+
+    def ask(self, number: int, **more: Any) -> None:
+        self.send({"op": "generate", "id": number, "text": QUESTION, "params": {"max_tokens": 200}, **more})
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+class Process:
+    """An engine process in a folder, for a server that is this test."""
+
+    def __init__(self, folder: Path, **settings: str) -> None:
+        self.folder = folder
+        self.settings = settings
+        stat = Path(f"/proc/{os.getpid()}/stat").read_text(encoding="utf-8")
+        server = {"pid": os.getpid(), "started": stat.rpartition(")")[2].split()[19]}
+        (folder / "settings.json").write_text(json.dumps({"settings": settings, "server": server}))
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parent.parent)])}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "apar.runtime.serving.engine", str(folder)],
+            stdout=subprocess.PIPE,
+            env=environment,
+        )
+        assert self.process.stdout is not None
+        self.status = json.loads(self.process.stdout.readline() or "{}")
+
+    def connect(self, role: str = "owner") -> Model:
+        return Model(self.folder, role, self.settings if role == "owner" else None)
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """Short enough for the address of a socket."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory(prefix="apar") as name:
+        yield Path(name)
+
+
+@pytest.fixture
+def process(folder: Path, tiny_engine: Path) -> Iterator[Process]:
+    running = Process(folder, engine=str(tiny_engine), num_blocks="200")
+    yield running
+    running.end()
+
+
+def test_answers_and_ends_with_its_last_owner(process: Process, reference: LLM) -> None:
+    assert process.status == {"ready": True}
+    owner, view = process.connect(), process.connect("view")
+    assert owner.hello["op"] == view.hello["op"] == "ready" and owner.hello["pid"] == process.process.pid
+    (wanted,) = reference.generate([QUESTION], SamplingParams(max_tokens=200))
+    for model in (owner, view):
+        model.ask(7)
+        message = model.take()
+        assert (message["id"], message["text"]) == (7, wanted.text)
+        assert message["final"]["finish_reason"] == "stop"
+    view.close()
+    owner.send({"op": "bye"})
+    with pytest.raises(ConnectionError):
+        owner.take()
+    assert process.process.wait(30) == 0
+    assert sorted(path.name for path in process.folder.iterdir()) == ["settings.json"]
+
+
+def test_ends_when_its_owner_is_gone_though_others_are_there(process: Process) -> None:
+    owner, view = process.connect(), process.connect("view")
+    view.ask(1)
+    owner.close()
+    assert "final" in view.take()  # time enough for what is in flight
+    assert process.process.wait(60) == 0
+
+
+def test_a_second_owner_with_other_settings_is_refused(process: Process) -> None:
+    first = process.connect()
+    other = Model(process.folder, "owner", {**process.settings, "num_blocks": "100"})
+    assert other.hello["op"] == "refused"
+    assert "runs with num_blocks '200', and the configuration now says '100'" in other.hello["error"]
+    second = process.connect()
+    first.close()
+    second.ask(1)
+    assert "final" in second.take()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals(process: Process, number: int) -> None:
+    """Ctrl-C is the server's business; SIGTERM ends the process, and what is in flight is told."""
+    owner = process.connect()
+    owner.ask(1, stream=True, params={"max_tokens": 2000, "ignore_eos": True, "fork": False})
+    owner.take()
+    os.kill(process.process.pid, number)
+    message: Message = {}
+    while "final" not in message and "error" not in message:
+        message = owner.take()
+    if number == signal.SIGINT:
+        assert message["final"]["finish_reason"] == "length"
+        return
+    assert message["error"] == ["engine_failed", "the engine ended while it worked on this request; send it again"]
+    assert process.process.wait(30) == 0
+
+
+@pytest.mark.parametrize("data", [b"\xff" * 64, b"\0\0\0\x02{]", b"GET / HTTP/1.1\r\n\r\n"])
+def test_nonsense_ends_only_its_own_connection(process: Process, data: bytes) -> None:
+    owner, other = process.connect(), process.connect("view")
+    other.socket.sendall(data)
+    with pytest.raises(ConnectionError):
+        other.take()
+    owner.send({"op": "no such thing", "id": 1})
+    owner.send({"op": "generate", "id": 2})
+    assert owner.take() == {
+        "id": 2,
+        "error": ["invalid_request", "there is no prompt; give text_input or messages"],
+    }
+    owner.send({"op": "generate", "id": 3, "text": QUESTION, "params": 5, "priority": "high"})
+    assert owner.take()["error"][0] == "internal"
+    owner.ask(4)
+    assert "final" in owner.take()
+
+
+def test_a_connection_that_breaks_ends_its_requests(process: Process) -> None:
+    owner, view = process.connect(), process.connect("view")
+    for number in range(20):
+        view.ask(number, params={"max_tokens": 400, "ignore_eos": True})
+    view.close()
+    owner.socket.settimeout(60)
+    while True:  # its numbers say when nothing is left
+        data = owner.socket.recv(1 << 16)
+        gauges = [message["gauges"] for message in owner._decoder.feed(data) if message.get("op") == "metrics"]
+        if any(not gauge["num_requests_running"] and not gauge["kv_blocks_used"] for gauge in gauges):
+            break
+    owner.ask(1)
+    assert "final" in owner.take()
+
+
+def test_a_step_that_hangs_ends_the_process(folder: Path, tiny_engine: Path, tmp_path: Path) -> None:
+    control = Control(tmp_path)
+    options = json.dumps({"control": str(control.folder)})
+    running = Process(
+        folder, engine=str(tiny_engine), executor=NAME, executor_options=options, step_timeout_s="1", num_blocks="64"
+    )
+    with contextlib.closing(running.connect()) as owner:
+        control.order(hold_at=control.steps + 2)
+        owner.ask(1)
+        with pytest.raises(ConnectionError):
+            owner.take()
+        assert running.process.wait(30) == EXIT_HANGS
+    running.end()
+
+
+def test_what_cannot_be_loaded_is_said(folder: Path) -> None:
+    for settings, message in (
+        ({"engine": "/no/such/engine"}, "/no/such/engine is neither an engine directory"),
+        ({"engine": "tiny", "executor": "json:loads"}, "the engine cannot be loaded"),
+        ({"engine": "tiny", "executor": "json:nothing"}, "there is no executor 'json:nothing': json has no nothing"),
+        ({"engine": "tiny", "executor": "no_such_module:It"}, "needs the package no_such_module"),
+    ):
+        running = Process(folder, **settings)
+        assert message in running.status["error"]
+        assert running.process.wait(30) == 1
+        running.end()
+
+
+# ---------------------------------------------------------------- without a process
+
+
+def test_a_slow_reader_gets_fewer_and_longer_messages(tiny_engine: Path) -> None:
+    """Nothing is lost: what was said while the connection was busy is in the next message."""
+    tokenizer = Tokenizer.load(tiny_engine)
+    text = load_text_engine(tiny_engine, num_blocks=16)
+    request = parse_request({"text": "Hello?", "stream": True, "events": True, "params": {}}, text)
+    here, there = socket.socketpair()
+    connection = Connection(here, lambda *_: None, lambda *_: None)
+    connection.start()
+    flight = Flight(5, connection, request, tokenizer)
+    words = [f"word{number} " for number in range(4000)]
+    for number, word in enumerate(words):
+        flight.add([DeltaEvent("r", 0, 1, word, [number], number)], None)
+        connection.send_from(flight)
+    flight.add([ForkEvent("r", 1, 0, 2, 4000), FinishEvent("r", 0, 1, "stop", 4000)], None)
+    flight.add([DeltaEvent("r", 1, 2, "detail", [1], 4001), FinishEvent("r", 1, 2, "stop", 4001)], None)
+    connection.send_from(flight)
+    connection.close()
+    time.sleep(0.1)
+    received = b""
+    while data := there.recv(1 << 20):
+        received += data
+    messages = list(Decoder().feed(received))
+    assert len(messages) < len(words) / 4 and len(received) > SEND_BUFFER
+    assert "".join(message.get("text", "") for message in messages).startswith("".join(words).rstrip())
+    rows = [
+        row
+        for message in messages
+        for row in zip(*(message["events"][name] for name in ("event", "branch_id", "text", "ids")), strict=True)
+    ]
+    assert "".join(text for kind, branch, text, _ in rows if (kind, branch) == ("delta", 0)) == "".join(words)
+    assert [i for _, branch, _, ids in rows if branch == 0 for i in ids] == list(range(4000))
+    assert [row[:3] for row in rows if row[0] != "delta"] == [
+        ("fork", 1, ""),
+        ("finish", 0, "stop"),
+        ("finish", 1, "stop"),
+    ]
+    there.close()
+    text.close()
+
+
+def test_a_loop_that_dies_tells_everyone(tiny_engine: Path) -> None:
+    from apar.runtime.engine_loop import EngineLoop
+
+    reasons: list[str] = []
+    ended = threading.Event()
+    loop = EngineLoop(
+        load_text_engine(tiny_engine, num_blocks=16),
+        lambda answer: None,
+        lambda why: (reasons.append(why), ended.set())[0],
+    )
+    loop.start()
+    assert loop.call(lambda: 5).result(30) == 5
+    with pytest.raises(ZeroDivisionError):
+        loop.call(lambda: 1 / 0).result(30)
+    assert loop.post(lambda: (_ for _ in ()).throw(RuntimeError("broken")))
+    assert ended.wait(30)
+    assert reasons == ["the engine stopped: broken"]
+    with pytest.raises(EngineStoppedError, match="the engine stopped: broken"):
+        loop.call(lambda: 5).result(30)
+    assert not loop.post(lambda: None) and loop.close(30)
