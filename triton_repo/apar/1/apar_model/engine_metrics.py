@@ -62,6 +62,8 @@ class EngineMetrics:
         for name, total in numbers["counters"].items():
             self.count(name, total - self._totals.get(name, 0))
             self._totals[name] = total
+        if not hasattr(pb_utils.MetricFamily, "HISTOGRAM"):  # an older server
+            return
         for name, values in numbers["observations"].items():
             for value in values:
                 self._metric(name, "HISTOGRAM").observe(value)
