@@ -11,6 +11,7 @@ from itertools import count
 from apar.export.errors import RequestError
 from apar.runtime.booking import StepReport
 from apar.runtime.branch import Request
+from apar.runtime.device_logits import DeviceLogits
 from apar.runtime.executor.base import Executor
 from apar.runtime.kv_cache import KVCache
 from apar.runtime.limits import SchedulerLimits
@@ -123,7 +124,7 @@ class Engine:
         scheduled = time.perf_counter()
         self.host_seconds += scheduled - started
         try:
-            logits = self.executor.execute(step.inputs)
+            logits = self.executor.logits(step.inputs)
             executed = time.perf_counter()
             self.model_seconds += executed - scheduled
             sampled = self._sample(step, logits)
@@ -140,7 +141,7 @@ class Engine:
         self.host_seconds += time.perf_counter() - done
         return report
 
-    def _sample(self, step: Step, logits: Float32Array) -> SampleResult:
+    def _sample(self, step: Step, logits: Float32Array | DeviceLogits) -> SampleResult:
         table = self.scheduler.table
         return self.sampler.sample(
             logits,

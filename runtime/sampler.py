@@ -33,6 +33,7 @@ import numpy.typing as npt
 from apar.export.errors import ExecutorError
 from apar.export.manifest import TokenIds
 from apar.runtime import random_stream
+from apar.runtime.device_logits import DeviceLogits
 from apar.runtime.outputs import Logprob
 from apar.runtime.sampling_params import SamplingParams
 from apar.runtime.step import Float32Array, Int32Array, IntArray
@@ -185,7 +186,7 @@ class Sampler:
 
     def sample(
         self,
-        logits: Float32Array,
+        logits: Float32Array | DeviceLogits,
         slots: Int32Array | IntArray,
         paths: Int32Array,
         lengths: Int32Array,
@@ -194,7 +195,7 @@ class Sampler:
     ) -> SampleResult:
         """Sample one token for each of L rows.
 
-        logits: [L, V], V >= vocab_size; may be overwritten.
+        logits: [L, V], V >= vocab_size, on the host or on a device; may be overwritten.
         slots: [L] slot of each row's branch. A slot may repeat where `reads_path` is false.
         paths: [capacity, max_context] token ids; a slot's path is `paths[slot, :lengths[slot]]`, prompt first.
         lengths: [capacity] path lengths, without the token to be sampled.
@@ -203,6 +204,20 @@ class Sampler:
 
         Raises ExecutorError if the logits have the wrong shape or type.
         """
+        if isinstance(logits, DeviceLogits):
+            return self._sample_on_device(logits, slots, paths, lengths, counters, fork_banned)
+        return self._sample_on_host(logits, slots, paths, lengths, counters, fork_banned)
+
+    def _sample_on_host(
+        self,
+        logits: Float32Array,
+        slots: Int32Array | IntArray,
+        paths: Int32Array,
+        lengths: Int32Array,
+        counters: Int32Array,
+        fork_banned: BoolArray,
+    ) -> SampleResult:
+        """As `sample`, in NumPy."""
         rows = len(slots)
         if logits.shape[0] != rows or logits.shape[1] < self.vocab_size or logits.dtype != np.float32:
             raise ExecutorError(
@@ -248,6 +263,45 @@ class Sampler:
             self._draw(logits, drawing, slots, counters, peaks, result.tokens)
         if wanting is not None:
             self._report(raw, wanting, slots, good, result)
+        return result
+
+    def _sample_on_device(
+        self,
+        logits: DeviceLogits,
+        slots: Int32Array | IntArray,
+        paths: Int32Array,
+        lengths: Int32Array,
+        counters: Int32Array,
+        fork_banned: BoolArray,
+    ) -> SampleResult:
+        """As `sample`. Rows with rules beyond bans of control tokens and drawing are brought to the host."""
+        rows = len(slots)
+        if logits.shape[0] != rows or logits.shape[1] < self.vocab_size:
+            raise ExecutorError(
+                f"logits have shape {logits.shape}, wanted are {rows} rows of at least {self.vocab_size}: "
+                "the engine belies its manifest"
+            )
+        flags = self._flags[slots]
+        hard = np.flatnonzero(flags & ~(_RANDOM | _NO_EOS))
+        # Before `draw`, which may overwrite them.
+        fetched = logits.host(hard) if hard.size else None
+        result = SampleResult(np.empty(rows, np.int32))
+        if hard.size < rows:
+            drawn = (flags & _RANDOM).astype(np.bool_)
+            drawn[hard] = False
+            no_eos = (flags & _NO_EOS).astype(np.bool_)
+            bans = [(self.tokens.child, np.ones(rows, np.bool_)), (self.tokens.fork, fork_banned)]
+            bans += [(token, no_eos) for token in self.tokens.eos if no_eos.any()]
+            uniforms = random_stream.uniform(self._keys[slots], counters.astype(np.uint64))
+            result.tokens, good = logits.draw(self.vocab_size, bans, drawn, self._numbers[slots], uniforms)
+            good[hard] = True
+            result.tokens[~good] = FAILED_TOKEN
+            result.failed = tuple(np.flatnonzero(~good).tolist())
+        if fetched is not None:
+            part = self._sample_on_host(fetched, slots[hard], paths, lengths, counters[hard], fork_banned[hard])
+            result.tokens[hard] = part.tokens
+            result.logprobs = {int(hard[row]): entry for row, entry in part.logprobs.items()}
+            result.failed = tuple(sorted((*result.failed, *(int(hard[row]) for row in part.failed))))
         return result
 
     def _apply_rules(

@@ -58,7 +58,7 @@ class ForkAttention:
         if head_dim not in HEAD_DIMS or block_size not in BLOCK_SIZES:
             raise ExecutorError(
                 f"the GPU kernels take head_dim {', '.join(map(str, HEAD_DIMS))} and block_size "
-                f"{', '.join(map(str, BLOCK_SIZES))}, not {head_dim} and {block_size}"
+                f"{', '.join(map(str, BLOCK_SIZES))}, not {head_dim} and {block_size}; device='cpu' runs any model"
             )
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
@@ -75,14 +75,14 @@ class ForkAttention:
         """Sizes of a step of this model."""
         return StepSizes(tokens, rows, groups, self.num_heads, self.num_kv_heads, tile)
 
-    def workspace(self, sizes: StepSizes, dtype: torch.dtype) -> Workspace:
-        """Buffers for steps of these sizes or smaller ones."""
+    def workspace(self, tokens: int, parts: int, dtype: torch.dtype) -> Workspace:
+        """Buffers for steps of at most so many tokens and partial outputs."""
         device = self._inv_freq.device
         heads, dim = self.num_heads, self.head_dim
         return Workspace(
-            q=torch.empty((sizes.tokens, heads, dim), dtype=dtype, device=device),
-            part_out=torch.empty((max(1, sizes.parts), heads, dim), dtype=torch.float32, device=device),
-            part_lse=torch.empty((max(1, sizes.parts), heads), dtype=torch.float32, device=device),
+            q=torch.empty((tokens, heads, dim), dtype=dtype, device=device),
+            part_out=torch.empty((max(1, parts), heads, dim), dtype=torch.float32, device=device),
+            part_lse=torch.empty((max(1, parts), heads), dtype=torch.float32, device=device),
         )
 
     def copy(self, pools: Tensor, slot_copies: Tensor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from time import perf_counter
 
+from apar.runtime.device_logits import DeviceLogits
 from apar.runtime.executor.base import Executor
 from apar.runtime.step import Float32Array, IntArray, StepInputs
 
@@ -41,6 +42,14 @@ class TimedExecutor(Executor):
         rows, tokens = inputs.kv_len.size, inputs.input_ids.size
         started = perf_counter()
         logits = self._executor.execute(inputs)
+        self.records.append(StepRecord(rows, tokens, started, perf_counter()))
+        return logits
+
+    def logits(self, inputs: StepInputs) -> Float32Array | DeviceLogits:
+        """See Executor.logits. The record ends where the call returns: a device may still be at work."""
+        rows, tokens = inputs.kv_len.size, inputs.input_ids.size
+        started = perf_counter()
+        logits = self._executor.logits(inputs)
         self.records.append(StepRecord(rows, tokens, started, perf_counter()))
         return logits
 

@@ -14,7 +14,7 @@ __all__ = ["EXECUTORS", "Executor", "load_executor"]
 
 EXECUTORS = {
     "onnx": ("apar.runtime.executor.onnx", "OnnxExecutor"),
-    "torch": ("apar.runtime.executor.torch_executor", "TorchExecutor"),
+    "torch": ("apar.runtime.executor.torch_device", "load_torch_executor"),
     "tensorrt": ("apar.runtime.executor.tensorrt_executor", "TensorRtExecutor"),
 }
 

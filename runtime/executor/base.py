@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 
 from apar.export.errors import ExecutorError
 from apar.export.manifest import Manifest
+from apar.runtime.device_logits import DeviceLogits
 from apar.runtime.step import Float32Array, IntArray, StepInputs
 
 NO_HEADS_REMEDY = (
@@ -44,6 +45,10 @@ class Executor(ABC):
         next call. Raises ExecutorError if the step failed; KV contents of the rows in it are then
         undefined, other blocks are untouched.
         """
+
+    def logits(self, inputs: StepInputs) -> Float32Array | DeviceLogits:
+        """As `execute`, for callers that sample: logits may stay where they were computed."""
+        return self.execute(inputs)
 
     def load_draft_heads(self) -> None:
         """Get the heads ready; without this call they cost nothing. Idempotent.

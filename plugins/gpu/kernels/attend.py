@@ -11,7 +11,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 BAD_BLOCK = tl.constexpr(1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks", "table_width", "mask_words", "num_heads", "num_kv_heads"])
 def attend(
     q,  # [T, H, D] after RoPE
     pool,  # [2, B, K, BS, D]
@@ -128,7 +128,7 @@ def attend(
         tl.store(part_lse + place, weight, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["items", "num_heads"])
 def merge(
     plan,
     part_out,  # float32 [parts, H, D]

@@ -39,7 +39,20 @@ def _steps(count):
     return steps
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "num_tokens",
+        "num_rows",
+        "num_groups",
+        "items",
+        "tiles",
+        "budget",
+        "tile_tokens",
+        "heads_per_group",
+        "masked",
+        "splits",
+    ]
+)
 def make_plan(
     query_start,  # int32 [R + 1]
     kv_len,  # int32 [R]

@@ -9,7 +9,7 @@ BAD_SLOT = tl.constexpr(2)
 BAD_COPY = tl.constexpr(4)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks", "num_heads", "num_kv_heads"])
 def rope_write(
     qkv,  # [T, (H + 2 K) D] before RoPE
     q,  # [T, H, D]: rotated queries
@@ -71,7 +71,7 @@ def rope_write(
     tl.store(target + half, new_high.to(pool.dtype.element_ty), mask=is_kv)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layer_stride", "num_blocks", "num_kv_heads", "num_copies"])
 def copy_slots(
     pool,  # [2, B, K, BS, D] of the first layer
     slot_copies,  # int32 [C, 2]

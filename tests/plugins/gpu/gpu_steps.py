@@ -81,7 +81,7 @@ class GpuTree(Tree):
         tokens, rows = len(inputs["position_ids"]), len(inputs["kv_len"])
         sizes = self.operator.sizes(tokens, rows, len(inputs["prefix_blocks"]), tile)
         plan = self.planned(inputs, sizes, share)
-        workspace = self.operator.workspace(sizes, self.dtype)
+        workspace = self.operator.workspace(sizes.tokens, sizes.parts, self.dtype)
         for buffer in (workspace.q, workspace.part_out, workspace.part_lse):
             buffer.fill_(float("nan"))
         out = torch.full((tokens, self.attributes.num_heads * self.attributes.head_dim), float("nan"), dtype=self.dtype)

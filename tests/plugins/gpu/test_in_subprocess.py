@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-INTERPRETED = ("check_plan", "check_attention", "check_ids")
+INTERPRETED = ("check_plan", "check_attention", "check_ids", "check_dense", "check_executor")
 COMPILED = ("check_compiled",)
 
 

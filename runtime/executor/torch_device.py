@@ -1,0 +1,35 @@
+"""The torch executor by device: the GPU kernels where there is a CUDA device, the plain reference elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from apar.export.errors import ExecutorError
+from apar.runtime.executor.base import Executor
+
+try:
+    import torch
+except ModuleNotFoundError as error:
+    raise ExecutorError("the torch executor needs PyTorch; install it with: pip install 'apar[torch]'") from error
+
+
+def load_torch_executor(engine: Path, *, device: str = "auto", **options: Any) -> Executor:
+    """Load an engine with PyTorch. device: "auto", "cpu" (the reference), "cuda" or "cuda:N".
+
+    Options are those of TorchExecutor or CudaExecutor. Raises ExecutorError where packages for the GPU are missing.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        from apar.runtime.executor.torch_executor import TorchExecutor
+
+        return TorchExecutor(engine, **options)
+    try:
+        from apar.runtime.executor.cuda.executor import CudaExecutor
+    except ModuleNotFoundError as error:
+        raise ExecutorError(
+            f"the torch executor on a GPU needs the package {error.name}; install it with: pip install 'apar[gpu]', "
+            "or give device='cpu'"
+        ) from error
+    return CudaExecutor(engine, device=device, **options)
