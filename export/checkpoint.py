@@ -1,4 +1,4 @@
-"""A checkpoint in the Hugging Face layout: config, tensors, and the checks that they belong together.
+"""A checkpoint in the Hugging Face layout (or TensorRT-LLM's): config, tensors, and that they belong together.
 
 Read without torch and transformers, and without running anything that the files hold.
 """
@@ -15,6 +15,7 @@ from apar.export.manifest import DecoderConfig
 from apar.export.medusa import MedusaHeads, find_heads, is_head_tensor, read_heads
 from apar.export.tensor_files import FLOAT_TYPES, StoredTensor, read_safetensors
 from apar.export.torch_files import read_torch_file
+from apar.export.trtllm_checkpoint import is_trtllm, read_trtllm
 
 _Reader = Callable[[Path], dict[str, StoredTensor]]
 _LAYOUTS: tuple[tuple[str, _Reader], ...] = (
@@ -52,8 +53,11 @@ class Checkpoint:
         directory = Path(directory)
         if not directory.is_dir():
             raise CheckpointError(f"{directory} is not a directory; give the directory of a checkpoint")
-        config = read_config(directory)
-        found = _find_tensors(directory)
+        if is_trtllm(directory):
+            read = read_trtllm(directory)
+            config, found = read.config, dict(read.tensors)
+        else:
+            config, found = read_config(directory), _find_tensors(directory)
         inside = {name: found.pop(name) for name in list(found) if is_head_tensor(name)}
         tensors = _select(found, config.decoder, directory)
         if draft_heads is None:

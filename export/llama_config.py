@@ -48,7 +48,15 @@ def read_config(directory: Path) -> LlamaConfig:
         raise CheckpointError(
             f"{directory} holds no {CONFIG_NAME}; give the directory of a checkpoint in the Hugging Face layout"
         )
-    config = read_json(path)
+    generation = directory / "generation_config.json"
+    return config_from(read_json(path), path, read_json(generation) if generation.is_file() else {})
+
+
+def config_from(config: Mapping[str, Any], path: Path, generation: Mapping[str, Any]) -> LlamaConfig:
+    """The same of contents that were read: `config`, of the file `path`, and `generation_config.json`.
+
+    Raises CheckpointError where the model is not one that APAR builds.
+    """
     _check_supported(config, path)
     hidden = _positive(config, "hidden_size", path)
     heads = _positive(config, "num_attention_heads", path)
@@ -78,9 +86,8 @@ def read_config(directory: Path) -> LlamaConfig:
         mlp_bias=bool(config.get("mlp_bias", False)),
         tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
     )
-    generation = directory / "generation_config.json"
-    more = read_json(generation) if generation.is_file() else {}
-    eos = dict.fromkeys(_token_ids(more, "eos_token_id", generation) + _token_ids(config, "eos_token_id", path))
+    more = path.with_name("generation_config.json")
+    eos = dict.fromkeys(_token_ids(generation, "eos_token_id", more) + _token_ids(config, "eos_token_id", path))
     for token in eos:
         if token >= decoder.vocab_size:
             raise CheckpointError(f"{path}: eos_token_id {token} is not below vocab_size {decoder.vocab_size}")
@@ -88,8 +95,8 @@ def read_config(directory: Path) -> LlamaConfig:
         decoder=decoder,
         context_limit=rope.context_limit,
         eos=tuple(eos),
-        bos=next(iter(_token_ids(config, "bos_token_id", path) + _token_ids(more, "bos_token_id", generation)), None),
-        pad=next(iter(_token_ids(config, "pad_token_id", path) + _token_ids(more, "pad_token_id", generation)), None),
+        bos=next(iter(_token_ids(config, "bos_token_id", path) + _token_ids(generation, "bos_token_id", more)), None),
+        pad=next(iter(_token_ids(config, "pad_token_id", path) + _token_ids(generation, "pad_token_id", more)), None),
     )
 
 

@@ -65,6 +65,7 @@ def build(
     calibration: Calibration | None = None,
     block_size: int = 16,
     kv_dtype: str = "auto",
+    tokenizer: Path | None = None,
     fork_token: str | int | None = None,
     child_token: str | int | None = None,
     max_context: int | None = None,
@@ -86,6 +87,7 @@ def build(
         block_size: tokens in a block of the KV pool.
         kv_dtype: element type of the pools of `model.onnx`; "auto" is float32 for a plain float32 engine,
             otherwise float16.
+        tokenizer: directory of the tokenizer where it is not in the checkpoint.
         fork_token, child_token: string or id of APAR's control tokens where the tokenizer calls them otherwise.
         max_context: longest path in tokens; by default the checkpoint's max_position_embeddings.
         draft_heads: a directory with Medusa heads for the checkpoint; "none" leaves out those that ride with it, which
@@ -99,10 +101,10 @@ def build(
     group_size = _check_options(dtype, quantize, group_size, block_size, kv_dtype)
     method = _method(quantize, quantize_method, zero_points, calibration)
     source = Checkpoint.open(checkpoint, draft_heads)
-    tokenizer = read_tokenizer(checkpoint)
+    files = read_tokenizer(tokenizer or checkpoint)
     manifest = Manifest(
         decoder=replace(source.decoder, max_context=longest_context(source, max_context)),
-        tokens=resolve_tokens(source.config, tokenizer, fork_token, child_token),
+        tokens=resolve_tokens(source.config, files, fork_token, child_token),
         block_size=block_size,
         dtype="float16" if quantize != "none" and dtype == "float32" else dtype,
         kv_dtype=_kv_dtype(kv_dtype, dtype, quantize),
@@ -116,16 +118,16 @@ def build(
     )
     plan = list(weight_plan(manifest.decoder, quantized=quantize != "none", heads=manifest.draft_heads))
     storage = {weight.name: _storage(weight, manifest) for weight in plan}
-    samples = calibration(manifest, tokenizer) if calibration is not None and method == "gptq" else ()
+    samples = calibration(manifest, files) if calibration is not None and method == "gptq" else ()
     needed = sum(_stored_bytes(weight, storage[weight.name], manifest) for weight in plan)
     with OutputDirectory(output, overwrite=overwrite, needed_bytes=needed + _SPARE_BYTES) as directory:
         chosen = _calibrated(source, samples, manifest) if method == "gptq" else iter(())
         weights = _write_weights(source, plan, storage, manifest, chosen, directory, progress)
         _write_graphs(manifest, weights, directory, progress)
-        tokenizer.write(directory)
-        files = {path.name: path.stat().st_size for path in sorted(directory.iterdir()) if path.name != MANIFEST_NAME}
+        files.write(directory)
+        sizes = {path.name: path.stat().st_size for path in sorted(directory.iterdir()) if path.name != MANIFEST_NAME}
         sync(directory)
-        manifest = replace(manifest, files=files)
+        manifest = replace(manifest, files=sizes)
         manifest.save(directory)
         sync(directory)
     return manifest
