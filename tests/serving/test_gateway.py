@@ -16,9 +16,11 @@ import openai
 import pytest
 from served_process import ServedProcess, wait_for
 
+from apar.runtime.chat import render_prompt
 from apar.runtime.llm import LLM
 from apar.runtime.outputs import RequestOutput
 from apar.runtime.sampling_params import SamplingParams
+from apar.runtime.tokenizer import Tokenizer
 
 PROMPTS = ["Give me four facts about owls.", "Tell me about the violin.", "Give me five tips for growing tomatoes."]
 MAX_TOKENS = 160
@@ -220,6 +222,10 @@ class TestAnswers:
         answer = client.completions.create(model="tiny", prompt=["Owls are", "The violin"])
         assert [choice.text for choice in answer.choices] == wanted
         assert all(choice.finish_reason == "length" for choice in answer.choices)
+        prompt = render_prompt("Owls are", Tokenizer.load(tiny_engine))
+        assert client.completions.create(model="tiny", prompt=prompt).choices[0].text == wanted[0]
+        with pytest.raises(openai.BadRequestError, match="vocabulary"):
+            client.completions.create(model="tiny", prompt=[10**6])
         echoed = client.completions.create(model="tiny", prompt="Owls are", echo=True)
         assert echoed.choices[0].text == "Owls are" + wanted[0]
         logprobs = (

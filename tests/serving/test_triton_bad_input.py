@@ -21,8 +21,8 @@ GOOD = "Name three rules for growing pumpkins."
 REFUSED = [
     ({"text_input": ""}, "invalid_request: the prompt is empty"),
     ({"text_input": " \n"}, "invalid_request: the prompt is empty"),
-    ({"max_tokens": 5}, "invalid_request: there is no prompt; give text_input or messages"),
-    ({"text_input": GOOD, "messages": "[]"}, "invalid_request: text_input and messages are two prompts"),
+    ({"max_tokens": 5}, "invalid_request: there is no prompt; give text_input, messages or input_ids"),
+    ({"text_input": GOOD, "messages": "[]"}, "invalid_request: text_input, messages and input_ids are several prompts"),
     ({"messages": "{"}, "invalid_request: messages is no JSON"),
     ({"messages": "[" * 100_000}, "invalid_request: messages is no JSON"),
     ({"messages": '{"role": "user"}'}, "invalid_request: messages must be a JSON list"),

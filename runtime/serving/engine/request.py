@@ -88,13 +88,15 @@ def parse_request(message: Message, text: TextEngine) -> ServedRequest:
 def _prompt(message: Message) -> Any:
     if message.get("ids") is not None:
         return message["ids"]
-    messages, text = message.get("messages"), message.get("text")
+    messages, text, ids = message.get("messages"), message.get("text"), message.get("prompt_ids")
+    if bool(text) + (messages is not None) + (ids is not None) > 1:
+        raise RequestError("text_input, messages and input_ids are several prompts; give one of them")
+    if ids is not None:
+        return ids
     if messages is None:
         if text is None:
-            raise RequestError("there is no prompt; give text_input or messages")
+            raise RequestError("there is no prompt; give text_input, messages or input_ids")
         return text
-    if text:
-        raise RequestError("text_input and messages are two prompts; give one of them")
     parsed = _json("messages", messages)
     if not isinstance(parsed, list) or not all(isinstance(item, dict) for item in parsed):
         raise RequestError("messages must be a JSON list of {role, content} objects")

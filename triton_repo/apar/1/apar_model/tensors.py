@@ -159,6 +159,8 @@ def to_message(inputs: Inputs, request: Any, settings: ModelSettings) -> dict[st
     else:
         message["text"] = inputs.text("text_input")
         message["messages"] = inputs.text("messages")
+        if "input_ids" in inputs:
+            message["prompt_ids"] = inputs.prompt_ids("input_ids")
     return message
 
 
