@@ -22,6 +22,7 @@ COMMANDS = {
     "serve": "serve an engine: OpenAI's API in front of NVIDIA's Triton server",
     "demo": "build, serve and ask the tiny model, all in one command",
     "inspect": "show what an engine or a checkpoint holds, and how it would run here",
+    "doctor": "say what can run on this machine, and what to do about the rest",
     "bench": "measure an engine on its prompts, or the runtime's own cost",
 }
 """Name and summary; the module of the same name has `make_parser()` and `run(options)`."""

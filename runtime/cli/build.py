@@ -10,6 +10,13 @@ from typing import TYPE_CHECKING
 
 from apar.export.errors import RequestError
 from apar.export.manifest import DTYPES, KV_DTYPES, METHODS, QUANTIZATIONS
+from apar.runtime.cli.build_tensorrt import (
+    FORMATS,
+    add_tensorrt_options,
+    build_tensorrt,
+    build_trtllm,
+    check_format,
+)
 from apar.runtime.cli.parser import Parser, whole
 from apar.runtime.cli.progress import BuildProgress
 
@@ -18,7 +25,8 @@ if TYPE_CHECKING:
     from apar.runtime.calibration import CalibrationText
 
 DESCRIPTION = """\
-Build an engine directory from a Hugging Face checkpoint (Llama family, safetensors or pytorch_model-*.bin).
+Build an engine directory from a Hugging Face checkpoint (Llama family, safetensors or pytorch_model-*.bin) or from a
+TensorRT-LLM one. --format tensorrt compiles it for the GPU of this machine; trtllm writes a TensorRT-LLM checkpoint.
 
 Weights are streamed, so memory stays small whatever the model's size. The engine appears whole or not at all: a
 build that fails or is interrupted leaves an engine that was there before as it was.
@@ -31,6 +39,7 @@ EPILOG = """\
 examples:
   apar build ./vicuna-7b-apar -o ./engine
   apar build ./vicuna-7b-apar -o ./engine-int4 --quantize int4
+  apar build ./vicuna-7b-apar -o ./engine-gpu --format tensorrt --max-rows 128 --max-tokens 2048
   apar build ./vicuna-7b-apar -o ./engine-int4 --quantize int4 --calibration questions.jsonl
   apar build ./vicuna-7b-apar -o ./engine-int4 --quantize int4 --quantize-method rtn --group-size 128
   apar build ./my-model -o ./engine --fork-token "<fork>" --child-token "<child>" --max-context 4096
@@ -45,9 +54,20 @@ def make_parser() -> Parser:
     )
     parser.add_argument("-o", "--output", metavar="DIR", type=Path, required=True, help="the engine directory to make")
     parser.add_argument("--overwrite", action="store_true", help="replace an engine that is already at DIR, at the end")
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="onnx",
+        help="what to make: an engine for CPUs and torch (onnx), a TensorRT engine, or a TensorRT-LLM checkpoint",
+    )
+    parser.add_argument(
+        "--tokenizer", type=Path, metavar="DIR", help="directory of the tokenizer, where it is not in CHECKPOINT"
+    )
     weights = parser.add_argument_group("weights")
     weights.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help="how weights that are not quantised are stored"
+        "--dtype",
+        choices=DTYPES,
+        help="how weights that are not quantised are stored (default: float32; float16 in the other formats)",
     )
     weights.add_argument(
         "--quantize",
@@ -114,6 +134,7 @@ def make_parser() -> Parser:
     tokens.add_argument(
         "--child-token", metavar="S", help="string or id of [Child] in this tokenizer (default: [SplitSop])"
     )
+    add_tensorrt_options(parser)
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress and no summary")
     parser.add_debug()
     return parser
@@ -124,15 +145,19 @@ def run(options: argparse.Namespace) -> int:
     from apar.export.onnx_engine import build
 
     try:
+        defaults = {action.dest: action.default for action in options.parser._actions}
+        check_format(options, defaults)
         calibration = _calibration(options)
     except RequestError as error:
         options.parser.error(str(error))
+    if options.format != "onnx":
+        return build_tensorrt(options) if options.format == "tensorrt" else build_trtllm(options)
     began = time.monotonic()
     with BuildProgress(sys.stderr, "", quiet=options.quiet) as progress:
         manifest = build(
             options.checkpoint,
             options.output,
-            dtype=options.dtype,
+            dtype=options.dtype or "float32",
             quantize=options.quantize,
             group_size=options.group_size,
             quantize_method=options.quantize_method,
@@ -140,6 +165,7 @@ def run(options: argparse.Namespace) -> int:
             calibration=calibration,
             block_size=options.block_size,
             kv_dtype=options.kv_dtype,
+            tokenizer=options.tokenizer,
             fork_token=options.fork_token,
             child_token=options.child_token,
             max_context=options.max_context,

@@ -25,7 +25,10 @@ def add_engine_options(parser: Parser, required: bool = True) -> None:
     parser.add_argument("engine", metavar="ENGINE", nargs=None if required else "?", help=ENGINE_HELP)
     group = parser.add_argument_group("how it runs")
     group.add_argument(
-        "--executor", choices=("auto", "onnx", "torch"), default="auto", help="what runs the model; auto is onnx"
+        "--executor",
+        choices=("auto", "onnx", "torch", "tensorrt"),
+        default="auto",
+        help="what runs the model; auto is what the engine was built for: onnx, or tensorrt",
     )
     group.add_argument(
         "--graph",
