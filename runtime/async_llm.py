@@ -16,6 +16,7 @@ from apar.runtime.limits import SchedulerLimits
 from apar.runtime.llm import load_text_engine
 from apar.runtime.outputs import BranchEvent, RequestOutput
 from apar.runtime.sampling_params import SamplingParams
+from apar.runtime.speculative.options import DraftOptions
 from apar.runtime.text_engine import Prompt
 
 logger = logging.getLogger(__name__)
@@ -35,9 +36,15 @@ class AsyncLLM:
     """
 
     def __init__(
-        self, engine: str | Path, *, executor: str = "auto", limits: SchedulerLimits | None = None, **options: Any
+        self,
+        engine: str | Path,
+        *,
+        executor: str = "auto",
+        limits: SchedulerLimits | None = None,
+        draft: DraftOptions | str | None = None,
+        **options: Any,
     ) -> None:
-        self._text = load_text_engine(resolve_engine(engine), executor, limits, **options)
+        self._text = load_text_engine(resolve_engine(engine), executor, limits, draft=draft, **options)
         self._listeners: dict[str, _Listener] = {}
         self._loop = EngineLoop(self._text, self._deliver, self._stopped)
         self._loop.start()

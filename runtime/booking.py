@@ -27,13 +27,21 @@ class StepReport:
 
     step: int
     branches: list[Branch] = field(default_factory=list)
-    """Branches that grew by one token; those that it ended are listed too."""
+    """Branches that grew, once for each token; those that it ended are listed too."""
     tokens: list[int] = field(default_factory=list)
     """Their tokens."""
     forked: list[Branch] = field(default_factory=list)
     """Children born."""
     ended: list[Branch] = field(default_factory=list)
     finished: list[Request] = field(default_factory=list)
+
+    def extend(self, later: StepReport) -> None:
+        """Take in what a later round of the same step gave."""
+        self.branches += later.branches
+        self.tokens += later.tokens
+        self.forked += later.forked
+        self.ended += later.ended
+        self.finished += later.finished
 
 
 class Booking:
@@ -58,19 +66,40 @@ class Booking:
 
         `failed` lists rows of L whose logits were unusable (not finite): their requests end with an error.
         """
-        table, requests, lifecycle = self.table, self.requests, self.lifecycle
-        table.computed[step.rows] += step.counts
-        lifecycle.step_index += 1
-        report = StepReport(lifecycle.step_index)
-        slots, counters, groups = step.sampled, step.counters, step.groups
+        self.table.computed[step.rows] += step.pending
+        self.lifecycle.step_index += 1
+        report = StepReport(self.lifecycle.step_index)
+        self._grow(report, step.sampled, step.counters, step.groups, tokens, failed, steps=1)
+        return report
+
+    def book_round(self, slots: IntArray, tokens: Int32Array, failed: Sequence[int] = ()) -> StepReport:
+        """Book further tokens [n] of branches in `slots`, sampled behind accepted drafts of the same step."""
+        report = StepReport(self.lifecycle.step_index)
+        groups = RowGroups.of(self.table.request[slots])
+        counters = self.table.length[slots] - self.table.start[slots]
+        self._grow(report, slots, counters, groups, tokens, failed, steps=0)
+        return report
+
+    def _grow(
+        self,
+        report: StepReport,
+        slots: IntArray,
+        counters: Int32Array,
+        groups: RowGroups,
+        tokens: Int32Array,
+        failed: Sequence[int],
+        steps: int,
+    ) -> None:
+        """Append a token to each branch and do what follows from it; their requests took so many more `steps`."""
+        table, requests = self.table, self.requests
         if failed:
             kept = self._fail_rows(report, slots, failed)
             slots, counters, tokens = slots[kept], counters[kept], tokens[kept]
             groups = RowGroups.of(groups.requests[kept])
         if not slots.size:
-            return report
+            return
         requests.remaining[groups.owners] -= groups.sizes
-        requests.steps[groups.owners] += 1
+        requests.steps[groups.owners] += steps
         owners = groups.requests
         exhausted = requests.remaining[owners] <= 0
         surplus: list[int] = []
@@ -94,7 +123,6 @@ class Booking:
         self._book_events(report, np.flatnonzero(happens).tolist(), ends)
         for branch in dropped:
             self._end(report, branch, "length")
-        return report
 
     def _book_events(self, report: StepReport, rows: list[int], ends: BoolArray) -> None:
         """Handle rows whose token forked, ended a branch, or met a limit."""

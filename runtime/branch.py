@@ -9,6 +9,7 @@ from typing import Any
 
 from apar.runtime.outputs import FinishReason, Logprob
 from apar.runtime.sampling_params import SamplingParams
+from apar.runtime.speculative.lookup import LookupIndex
 
 
 class RequestState(Enum):
@@ -37,6 +38,8 @@ class Branch:
     """Path position of the first token that this branch sampled itself."""
     key: int
     """Key of the branch's random stream."""
+    order: tuple[int, ...] = (0,)
+    """Sorts siblings as plain decoding bears them: by the turn of birth, then by their parents' order."""
     slot: int = -1
     forks: list[int] = field(default_factory=list)
     """Path positions of this branch's [Fork]s."""
@@ -77,7 +80,7 @@ class Request:
     """Row of the scheduler's per-request arrays while admitted."""
     branches: list[Branch] = field(default_factory=list)
     live: list[Branch] = field(default_factory=list)
-    """Live branches by id: the order of rows in a step."""
+    """Live branches by `Branch.order`: the order of rows in a step."""
     sampled: int = 0
     """Tokens sampled over the whole tree; filled in when the request ends, as are `peak_blocks` and `steps`."""
     cached_tokens: int = 0
@@ -89,6 +92,8 @@ class Request:
     """Steps in which the request sampled at least one token."""
     finish_reason: FinishReason | None = None
     error: str | None = None
+    lookup: LookupIndex | None = None
+    """What drafts by prompt lookup are found in."""
 
     @property
     def root(self) -> Branch:

@@ -28,6 +28,8 @@ class BranchBlocks:
         self.requests = requests
         self.cache = cache
         self._offsets = np.arange(cache.block_size, dtype=np.int32)
+        self._moves = NO_COPIES
+        """[C, 2] slot copies of accepted draft nodes; the next step makes them, whoever is in it."""
 
     def needed(self, rows: IntArray, counts: Int32Array) -> Int32Array:
         """Blocks that each row must take to hold its next `counts` tokens, copies of shared tails included."""
@@ -75,12 +77,63 @@ class BranchBlocks:
         targets = table.block_table[tails, table.computed[tails] // size]
         offsets = np.concatenate([self._offsets[:n] for n in filled.tolist()])
         copies = np.stack((np.repeat(sources, filled), np.repeat(targets, filled)), axis=1) * size + offsets[:, None]
+        if self._moves.size:
+            # What is still to be moved into the parent's block is taken from where it lies.
+            moved = dict(self._moves[:, ::-1].tolist())
+            copies[:, 0] = [moved.get(source, source) for source in copies[:, 0].tolist()]
         # Copies come first in a step, so a source that is released here may be written to in the same step.
         for i, owner in enumerate(table.request[tails].tolist()):
             source = sources[i : i + 1]
             self.requests.held[owner] -= int(self.cache.references[source[0]] == 1)
             self.cache.release(source)
+        self._drop_moves()
         return np.ascontiguousarray(copies, dtype=np.int32)
+
+    def move(self, slots: IntArray, source: Int32Array | IntArray, target: Int32Array | IntArray) -> None:
+        """Let branches have at path index `target` [n] what was computed at `source` [n]: their accepted draft nodes.
+
+        The next step that is planned makes the copies, first of all; until then the blocks are not to be registered.
+        """
+        moving = source != target
+        if moving.any():
+            slots, source, target = slots[moving], source[moving], target[moving]
+            table, size = self.table.block_table, self.cache.block_size
+            pairs = [table[slots, index // size] * size + index % size for index in (source, target)]
+            self._moves = np.concatenate((self._moves, np.stack(pairs, axis=1).astype(np.int32)))
+
+    def take_moves(self) -> Int32Array:
+        """Slot copies [C, 2] that the step which is being planned has to make for earlier drafts."""
+        moves, self._moves = self._moves, NO_COPIES
+        return moves
+
+    def trim(self, slots: IntArray) -> None:
+        """Release the blocks of branches that lie behind their paths: rejected drafts.
+
+        Accepted nodes may still have to be moved out of them; nothing is written before that.
+        """
+        table, size = self.table, self.cache.block_size
+        keep = -(-table.length[slots] // size)
+        for slot, count in zip(slots.tolist(), keep.tolist(), strict=True):
+            have = int(table.num_blocks[slot])
+            if have > count:
+                blocks = table.block_table[slot, count:have].copy()
+                table.block_table[slot, count:have] = -1
+                table.num_blocks[slot] = count
+                self.requests.held[table.request[slot]] -= have - count
+                self.cache.release(blocks)
+
+    def owners_of(self, slots: Int32Array) -> list[int]:
+        """Requests with a branch that lists a block in which one of the pool's `slots` lies. Slow: for failures."""
+        table = self.table
+        hit = np.unique(slots // self.cache.block_size)
+        live = [s for s, branch in enumerate(table.branches) if branch is not None]
+        return list(dict.fromkeys(int(table.request[s]) for s in live if np.isin(table.blocks(s), hit).any()))
+
+    def _drop_moves(self) -> None:
+        """Forget moves into blocks that nobody lists any more."""
+        if self._moves.size:
+            targets = self._moves[:, 1] // self.cache.block_size
+            self._moves = self._moves[self.cache.references[targets] > 0]
 
     def inherit(self, child: int, parent: int, position: int) -> None:
         """Let slot `child` share what slot `parent` has of the path before `position`.
@@ -137,6 +190,10 @@ class BranchBlocks:
         if not self.cache.prefix_caching:
             return []
         full = end // self.cache.block_size
+        if self._moves.size:
+            # A block whose content is still to be moved together is not what its digest says.
+            unsettled = np.isin(self.table.block_table[branch.slot, :full], self._moves[:, 1] // self.cache.block_size)
+            full = int(unsettled.argmax()) if unsettled.any() else full
         blocks = self.table.block_table[branch.slot, :full].tolist()
         fresh = []
         for block, digest in zip(blocks, self._digests(branch, full), strict=True):
@@ -162,6 +219,7 @@ class BranchBlocks:
         blocks = table.blocks(slot).copy()
         self.requests.held[table.request[slot]] -= int((self.cache.references[blocks] == 1).sum())
         self.cache.release(blocks)
+        self._drop_moves()
         table.block_table[slot, : blocks.size] = -1
         table.num_blocks[slot] = 0
         table.computed[slot] = 0

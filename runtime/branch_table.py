@@ -38,8 +38,15 @@ class BranchTable:
         self.request = np.zeros(capacity, dtype=np.int64)
         self.fork_limit = np.zeros(capacity, dtype=np.int32)
         """Longest path after which the branch may still sample [Fork]; -1 where it never may."""
+        self.fork_levels = np.zeros(capacity, dtype=np.int32)
+        """How many generations may descend from the branch."""
         self.start = np.zeros(capacity, dtype=np.int32)
         """Path position of the branch's first own token."""
+        self.clock_base = np.zeros(capacity, dtype=np.int32)
+        """`length - clock_base`: turns of plain decoding, in which all branches of a request sample together, that the
+        path stands for."""
+        self.generation = np.zeros(capacity, dtype=np.int64)
+        """How many branches have ended in the slot."""
         self.share = np.zeros(capacity, dtype=np.int32)
         """Leading blocks known to be the same as in the request's other branches."""
         self.first_step = np.zeros(capacity, dtype=np.int64)
@@ -71,6 +78,7 @@ class BranchTable:
         """Free the branch's slot; its blocks must have been released."""
         slot = branch.slot
         self.branches[slot] = None
+        self.generation[slot] += 1
         branch.slot = -1
         self._free.append(slot)
 

@@ -22,6 +22,10 @@ class DeviceLogits(ABC):
         """Copy all rows, or some, to the host."""
 
     @abstractmethod
+    def take(self, rows: IntArray) -> DeviceLogits:
+        """A copy of some rows."""
+
+    @abstractmethod
     def draw(
         self,
         vocab_size: int,

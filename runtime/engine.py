@@ -8,11 +8,14 @@ import time
 from collections.abc import Callable, Sequence
 from itertools import count
 
+import numpy as np
+
 from apar.export.errors import RequestError
 from apar.runtime.booking import StepReport
 from apar.runtime.branch import Request
 from apar.runtime.device_logits import DeviceLogits
 from apar.runtime.executor.base import Executor
+from apar.runtime.fork_bans import BoolArray
 from apar.runtime.kv_cache import KVCache
 from apar.runtime.limits import SchedulerLimits
 from apar.runtime.outputs import Logprob
@@ -20,10 +23,15 @@ from apar.runtime.random_stream import fresh_seed
 from apar.runtime.sampler import Sampler, SampleResult
 from apar.runtime.sampling_params import SamplingParams
 from apar.runtime.scheduler import Scheduler
-from apar.runtime.step import Float32Array
+from apar.runtime.speculative.options import DraftOptions
+from apar.runtime.speculative.speculation import Speculation, make_speculation
+from apar.runtime.step import Float32Array, Int32Array, IntArray
 from apar.runtime.step_writer import Step
 
 logger = logging.getLogger(__name__)
+
+Reader = Callable[[StepReport], None]
+"""Is shown what each round of a step gave."""
 
 
 class Engine:
@@ -32,6 +40,7 @@ class Engine:
     Args:
         executor: a loaded executor; the engine closes it.
         limits: sizes of the scheduler; steps are kept to what the executor takes.
+        draft: speculative decoding (docs/speculation.md): options, or a method's name; none by default.
         clock: seconds, never going back; deadlines are counted by it.
     """
 
@@ -40,6 +49,7 @@ class Engine:
         executor: Executor,
         limits: SchedulerLimits | None = None,
         *,
+        draft: DraftOptions | str | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         limits = (limits or SchedulerLimits()).within(executor.step_limits)
@@ -49,6 +59,11 @@ class Engine:
         self.cache = KVCache(executor.num_blocks, manifest.block_size, limits.prefix_caching)
         self.sampler = Sampler(manifest.decoder.vocab_size, manifest.tokens, limits.max_live_branches)
         self.scheduler = Scheduler(manifest.tokens, manifest.decoder.max_context, self.cache, self.sampler, limits)
+        options = DraftOptions.of(draft)
+        self._typical = options.enabled and options.acceptance == "typical"
+        if options.enabled:
+            books = self.scheduler
+            books.speculation = make_speculation(options, executor, books.table, books.requests, books.blocks)
         self.host_seconds = 0.0
         """Time spent outside the executor and the sampler, over all steps."""
         self.model_seconds = 0.0
@@ -99,13 +114,18 @@ class Engine:
         self.scheduler.add(request)
         return request
 
-    def step(self) -> StepReport | None:
+    def step(self, read: Reader | None = None) -> StepReport | None:
         """End requests whose deadline has passed, then run one step; None if there was nothing to do.
 
         A step that raises ends the requests in it with an error; the engine goes on.
+
+        read: is shown every token as soon as it is booked, before the next of the same branch, and may end branches.
+            A step with drafts has several rounds, each with at most one token a branch; others have one.
         """
         expired = self.scheduler.expire(self.clock())
-        report = self._run_step()
+        if expired is not None and read is not None:
+            read(expired)
+        report = self._run_step(read)
         if expired is None or report is None:
             return report or expired
         report.ended = expired.ended + report.ended
@@ -116,7 +136,7 @@ class Engine:
         """Free the executor. Idempotent."""
         self.executor.close()
 
-    def _run_step(self) -> StepReport | None:
+    def _run_step(self, read: Reader | None) -> StepReport | None:
         started = time.perf_counter()
         step = self.scheduler.schedule()
         if step is None:
@@ -124,40 +144,91 @@ class Engine:
         scheduled = time.perf_counter()
         self.host_seconds += scheduled - started
         try:
-            logits = self.executor.logits(step.inputs)
+            # Typical acceptance looks at logits itself, on the host.
+            execute = self.executor.execute if self._typical else self.executor.logits
+            logits = execute(step.inputs)
             executed = time.perf_counter()
             self.model_seconds += executed - scheduled
-            sampled = self._sample(step, logits)
+            first = _rows(logits, np.arange(step.sampled.size)) if step.drafts is not None else logits
+            sampled = self._sample(first, step.sampled, step.counters, step.fork_banned)
         except Exception as error:
             self.failed_steps += 1
             logger.exception("a step failed; the %d branches in it end with an error", step.rows.size)
-            return self._fail(step, error)
-        self.failed_steps = 0
+            return self._tell(self._fail(step, error), read)
         done = time.perf_counter()
         self.sample_seconds += done - executed
-        for row, entry in sampled.logprobs.items():
-            self._keep_logprob(int(step.sampled[row]), entry)
-        report = self.scheduler.commit(step, sampled.tokens, sampled.failed)
+        if self.scheduler.speculation is not None:
+            return self._verify(step, logits, first, sampled, self.scheduler.speculation, read)
+        self.failed_steps = 0
+        self._keep_logprobs(step.sampled, sampled)
+        report = self._tell(self.scheduler.commit(step, sampled.tokens, sampled.failed), read)
         self.host_seconds += time.perf_counter() - done
         return report
 
-    def _sample(self, step: Step, logits: Float32Array | DeviceLogits) -> SampleResult:
-        table = self.scheduler.table
-        return self.sampler.sample(
-            logits,
-            step.sampled,
-            table.tokens,
-            table.length,
-            step.counters,
-            step.fork_banned,
-        )
+    def _verify(
+        self,
+        step: Step,
+        logits: Float32Array | DeviceLogits,
+        first: Float32Array | DeviceLogits,
+        sampled: SampleResult,
+        drafts: Speculation,
+        read: Reader | None,
+    ) -> StepReport:
+        """Book the tokens of a step, `sampled` from its `first` logits, then those behind accepted drafts, round after
+        round."""
+        began, sampling, guessing = time.perf_counter(), 0.0, drafts.drafter.model_seconds
+        scheduler, table = self.scheduler, self.scheduler.table
+        requests = scheduler.requests_in(step)
+        verification = drafts.verify(step)
+        rows = np.arange(step.sampled.size)
+        drafts.judge(verification, rows, first, self.sampler, sampled.tokens)
+        self._keep_logprobs(step.sampled, sampled)
+        total = self._tell(scheduler.commit(step, sampled.tokens, sampled.failed), read)
+        try:
+            while (rows := drafts.advance(verification, rows)).size:
+                slots = verification.slots[rows]
+                length = table.length[slots]
+                banned = scheduler.fork_bans(slots)
+                before = time.perf_counter()
+                wanted = _rows(logits, verification.wanted[rows])
+                sampled = self._sample(wanted, slots, length - table.start[slots], banned)
+                sampling += time.perf_counter() - before
+                drafts.judge(verification, rows, wanted, self.sampler, sampled.tokens)
+                self._keep_logprobs(slots, sampled)
+                total.extend(self._tell(scheduler.commit_round(slots, sampled.tokens, sampled.failed), read))
+            drafts.settle(step, verification, total)
+            self.failed_steps = 0
+        except Exception as error:
+            self.failed_steps += 1
+            logger.exception("verifying drafts failed; the %d branches in the step end with an error", step.rows.size)
+            total.extend(self._tell(self._fail(step, error, requests), read))
+        guessing = drafts.drafter.model_seconds - guessing
+        self.sample_seconds += sampling
+        self.model_seconds += guessing
+        self.host_seconds += time.perf_counter() - began - sampling - guessing
+        return total
 
-    def _fail(self, step: Step, error: Exception) -> StepReport:
+    def _sample(
+        self, logits: Float32Array | DeviceLogits, slots: IntArray, counters: Int32Array, fork_banned: BoolArray
+    ) -> SampleResult:
+        table = self.scheduler.table
+        return self.sampler.sample(logits, slots, table.tokens, table.length, counters, fork_banned)
+
+    def _fail(self, step: Step, error: Exception, requests: list[Request] | None = None) -> StepReport:
         report = StepReport(self.scheduler.step_index)
-        report.finished = self.scheduler.fail(step, f"the step failed: {error}")
+        report.finished = self.scheduler.fail(step, f"the step failed: {error}", requests)
         for request in report.finished:
             report.ended += [branch for branch in request.branches if branch.finish_reason == "error"]
         return report
+
+    def _tell(self, report: StepReport, read: Reader | None) -> StepReport:
+        if read is not None:
+            read(report)
+        return report
+
+    def _keep_logprobs(self, slots: IntArray, sampled: SampleResult) -> None:
+        for row, entry in sampled.logprobs.items():
+            self._keep_logprob(int(slots[row]), entry)
 
     def _keep_logprob(self, slot: int, entry: Logprob) -> None:
         branch = self.scheduler.table.branches[slot]
@@ -165,3 +236,8 @@ class Engine:
         if branch.logprobs is None:
             branch.logprobs = []
         branch.logprobs.append(entry)
+
+
+def _rows(logits: Float32Array | DeviceLogits, rows: IntArray) -> Float32Array | DeviceLogits:
+    """A copy of some rows of logits, where they are."""
+    return logits.take(rows) if isinstance(logits, DeviceLogits) else logits[rows]

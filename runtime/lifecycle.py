@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import insort
 from time import perf_counter
 
 from apar.export.manifest import TokenIds
@@ -73,7 +74,7 @@ class Lifecycle:
         table.tokens[slot, :length] = request.prompt
         table.length[slot] = length
         table.request[slot] = index
-        table.start[slot] = length
+        table.start[slot] = table.clock_base[slot] = length
         self._set_limits(root)
         request.branches.append(root)
         request.live.append(root)
@@ -96,6 +97,7 @@ class Lifecycle:
             ordinal=ordinal,
             start=position + 2,
             key=child_key(parent.key, ordinal),
+            order=(position + 1 - int(table.clock_base[source]), *parent.order),
             digests=parent.digests[: position // table.block_size],
         )
         slot = table.take(child)
@@ -104,13 +106,15 @@ class Lifecycle:
         table.length[slot] = position + 2
         table.request[slot] = request.index
         table.start[slot] = child.start
+        table.clock_base[slot] = table.clock_base[source] + 1
         self._set_limits(child)
         self.blocks.inherit(slot, source, position)
         self.sampler.attach(slot, request.prepared, child.key, len(request.prompt), root=False)
         request.branches.append(child)
-        request.live.append(child)
+        insort(request.live, child, key=lambda branch: branch.order)
         parent.children.append(child)
         self.requests.live[request.index] += 1
+        self.requests.born[request.index] += 1
         self.queues.branches_changed()
         self.forks += 1
         return child
@@ -166,7 +170,9 @@ class Lifecycle:
         if params.max_branch_tokens is not None:
             limit = min(limit, branch.start + params.max_branch_tokens)
         self.table.limit[slot] = limit
-        self.table.fork_limit[slot] = limit - 3 if params.fork and branch.depth < params.max_depth else -1
+        levels = max(params.max_depth - branch.depth, 0) if params.fork else 0
+        self.table.fork_levels[slot] = levels
+        self.table.fork_limit[slot] = limit - 3 if levels else -1
 
     def _finish_request(self, request: Request, last_reason: FinishReason) -> None:
         reasons = [branch.finish_reason for branch in request.branches]

@@ -26,6 +26,7 @@ from apar.runtime.executor import Executor, load_executor
 from apar.runtime.limits import SchedulerLimits
 from apar.runtime.outputs import BranchEvent, RequestOutput
 from apar.runtime.sampling_params import SamplingParams
+from apar.runtime.speculative.options import DraftOptions
 from apar.runtime.text_engine import Prompt, TextEngine
 from apar.runtime.tokenizer import Tokenizer
 
@@ -38,6 +39,7 @@ class LLM:
             directory), or `tiny`, the model that ships with the package.
         executor: `auto`, `onnx` or `torch`.
         limits: sizes of the scheduler.
+        draft: speculative decoding: `none` (default), `medusa`, `ngram`, or DraftOptions (docs/speculation.md).
         options: of the executor, such as `num_blocks`, `kv_memory_bytes`, `threads`, `graph`.
 
     Raises EngineError, ExecutorError, TokenizerError or PluginError if the engine cannot be loaded.
@@ -49,10 +51,11 @@ class LLM:
         *,
         executor: str = "auto",
         limits: SchedulerLimits | None = None,
+        draft: DraftOptions | str | None = None,
         **options: Any,
     ) -> None:
         self.engine_directory = resolve_engine(engine)
-        self._text = load_text_engine(self.engine_directory, executor, limits, **options)
+        self._text = load_text_engine(self.engine_directory, executor, limits, draft=draft, **options)
 
     @property
     def manifest(self) -> Manifest:
@@ -179,11 +182,22 @@ class LLM:
 
 
 def load_text_engine(
-    directory: Path, executor: str = "auto", limits: SchedulerLimits | None = None, **options: Any
+    directory: Path,
+    executor: str = "auto",
+    limits: SchedulerLimits | None = None,
+    *,
+    draft: DraftOptions | str | None = None,
+    **options: Any,
 ) -> TextEngine:
-    """Load an engine directory with its tokenizer."""
+    """Load an engine directory with its tokenizer; arguments as for `LLM`."""
+    chosen = DraftOptions.of(draft)
     tokenizer = Tokenizer.load(directory)
-    return TextEngine(Engine(load_executor(directory, executor, **options), limits), tokenizer)
+    loaded = load_executor(directory, executor, **options)
+    try:
+        return TextEngine(Engine(loaded, limits, draft=chosen), tokenizer)
+    except BaseException:
+        loaded.close()
+        raise
 
 
 @contextmanager

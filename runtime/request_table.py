@@ -29,6 +29,10 @@ class RequestTable:
         """The most it ever held."""
         self.steps = np.zeros(capacity, dtype=np.int32)
         """Steps in which it sampled."""
+        self.born = np.zeros(capacity, dtype=np.int32)
+        """Branches born, ended ones included."""
+        self.clock = np.zeros(capacity, dtype=np.int32)
+        """The most advanced clock of any branch (`BranchTable.clock_base`); kept where drafts are made."""
         self.catching_up = np.zeros(capacity, dtype=bool)
         """Some branch lacks K/V that it needs before all can sample."""
         self.stop_tokens = np.zeros(capacity, dtype=bool)
@@ -45,7 +49,8 @@ class RequestTable:
         request.index = index
         self.requests[index] = request
         self.held[index] = self.peak[index] = self.steps[index] = 0
-        self.live[index] = 1
+        self.live[index] = self.born[index] = 1
+        self.clock[index] = 0
         self.remaining[index] = params.max_tokens
         self.max_branches[index] = min(params.max_branches, max_branches)
         self.catching_up[index] = False

@@ -23,11 +23,11 @@ from apar.export.errors import CapacityError
 from apar.export.manifest import TokenIds
 from apar.runtime.admission import Admission
 from apar.runtime.booking import Booking, StepReport
-from apar.runtime.branch import Branch, Request
+from apar.runtime.branch import Branch, Request, RequestState
 from apar.runtime.branch_blocks import BranchBlocks
 from apar.runtime.branch_table import BranchTable
 from apar.runtime.catching_up import CatchingUp
-from apar.runtime.fork_bans import ForkBans
+from apar.runtime.fork_bans import BoolArray, ForkBans
 from apar.runtime.kv_cache import KVCache, KVCacheError
 from apar.runtime.lifecycle import Lifecycle
 from apar.runtime.limits import SchedulerLimits
@@ -37,6 +37,7 @@ from apar.runtime.request_queues import RequestQueues
 from apar.runtime.request_table import RequestTable
 from apar.runtime.row_groups import RowGroups
 from apar.runtime.sampler import Sampler
+from apar.runtime.speculative.speculation import Speculation
 from apar.runtime.step import Int32Array, IntArray
 from apar.runtime.step_writer import Plan, Step, StepWriter
 
@@ -68,7 +69,10 @@ class Scheduler:
             tokens, self.max_context, queues, table, requests, blocks, catching, self._preemption, sampler, limits
         )
         self._admission = Admission(queues, table, requests, cache, catching, self._lifecycle, limits)
-        self._writer = StepWriter(table, requests, ForkBans(table, requests, tokens), limits.max_step_tokens)
+        self._fork_bans = ForkBans(table, requests, tokens)
+        self._writer = StepWriter(table, requests, self._fork_bans, limits.max_step_tokens)
+        self.speculation: Speculation | None = None
+        """Drafts for the rows of steps, where the engine speculates."""
         self._booking = Booking(table, requests, self._lifecycle, tokens)
         self._rotation = 0
 
@@ -171,6 +175,7 @@ class Scheduler:
             "forks": self.forks,
             "preemptions": self.preemptions,
             "prefix_cache_hits": self.cache.hits,
+            **({} if self.speculation is None else self.speculation.counters()),
         }
 
     # ---------------------------------------------------------------- the step
@@ -199,11 +204,35 @@ class Scheduler:
         self.catching.settle()
         return report
 
-    def fail(self, step: Step, message: str) -> list[Request]:
-        """Book a step that raised: every request in it ends with an error, its K/V is forgotten."""
+    def commit_round(self, slots: IntArray, tokens: Int32Array, failed: Sequence[int] = ()) -> StepReport:
+        """Book further tokens of the same step: `tokens` [n] were sampled behind accepted drafts of `slots` [n]."""
+        report = self._booking.book_round(slots, tokens, failed)
+        self.catching.settle()
+        return report
+
+    def fork_bans(self, slots: IntArray) -> BoolArray:
+        """[n] which branches may not sample [Fork] next, siblings standing together."""
+        table = self.table
+        length = table.length[slots]
+        groups = RowGroups.of(table.request[slots])
+        return self._fork_bans.of(slots, groups, length, table.tokens[slots, length - 1])
+
+    def requests_in(self, step: Step) -> list[Request]:
+        """Whose rows are in a step that has not been booked."""
+        return [self.requests.at(index) for index in dict.fromkeys(self.table.request[step.rows].tolist())]
+
+    def fail(self, step: Step, message: str, requests: list[Request] | None = None) -> list[Request]:
+        """Book a step that raised: every request in it ends with an error, its K/V is forgotten. Returns those.
+
+        requests: `requests_in` the step, if it raised after it had been booked.
+        """
         self.cache.forget(step.registered)
-        indices = dict.fromkeys(self.table.request[step.rows].tolist())
-        failed = [self.requests.at(index) for index in indices]
+        if requests is None:
+            requests = self.requests_in(step)
+            # Accepted drafts of branches that wait may have been moved in it.
+            moved = self.blocks.owners_of(step.inputs.slot_copies[:, 1]) if step.inputs.slot_copies.size else []
+            requests += [other for index in moved if (other := self.requests.at(index)) not in requests]
+        failed = [request for request in requests if request.state is not RequestState.FINISHED]
         for request in failed:
             self._lifecycle.fail(request, message)
         self.catching.distrust(set(step.registered))
@@ -214,19 +243,41 @@ class Scheduler:
         table = self.table
         if self.catching:
             rows = rows[~self.requests.catching_up[table.request[rows]]]
-        counts = table.length[rows] - table.computed[rows]
         seats = self.limits.max_rows - bool(self.catching)
         if rows.size > seats:
-            rows, counts = self._rotate(rows, counts, seats)
+            rows = self._rotate(rows, seats)
+        reach = None
+        if self.speculation is not None:
+            reach = self.speculation.reach(rows)
+            rows = reach.rows
+        counts = table.length[rows] - table.computed[rows]
         needed = self.blocks.needed(rows, counts)
         if needed.sum() > self.cache.available:
             return None
-        plan = Plan(rows, counts, self.blocks.take(rows, needed))
+        drafts = None
+        if self.speculation is not None and reach is not None:
+            drafts = self.speculation.draft(reach, counts, self.limits.max_step_tokens)
+        if drafts is not None:
+            more = self.blocks.needed(rows, counts + drafts.sizes)
+            if more.sum() <= self.cache.available - self._reserve():
+                counts, needed = counts + drafts.sizes, more
+            else:
+                drafts = None
+        plan = Plan(rows, counts, self.blocks.take(rows, needed), drafts=drafts)
         if self.catching:
             self.catching.add_chunks(plan)
-        return plan if plan.rows.size else None
+        if not plan.rows.size:
+            return None
+        if self.speculation is not None:
+            moves = self.blocks.take_moves()
+            plan.copies = np.concatenate((moves, plan.copies)) if moves.size else plan.copies
+        return plan
 
-    def _rotate(self, rows: IntArray, counts: Int32Array, seats: int) -> tuple[IntArray, Int32Array]:
+    def _reserve(self) -> int:
+        """Blocks that drafts must leave: prompts and trees being resumed go first."""
+        return self.limits.max_step_tokens // self.cache.block_size + 1 if self.catching else 0
+
+    def _rotate(self, rows: IntArray, seats: int) -> IntArray:
         """Of more rows than a step takes, whole requests from a place that moves on every step."""
         groups = RowGroups.of(self.table.request[rows])
         count = groups.starts.size
@@ -236,5 +287,4 @@ class Scheduler:
         self._rotation = first + taken
         chosen = np.zeros(count, dtype=bool)
         chosen[order[:taken]] = True
-        keep = np.repeat(chosen, groups.sizes)
-        return rows[keep], counts[keep]
+        return rows[np.repeat(chosen, groups.sizes)]

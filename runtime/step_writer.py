@@ -11,6 +11,7 @@ from apar.runtime.branch_table import BranchTable
 from apar.runtime.fork_bans import BoolArray, ForkBans
 from apar.runtime.request_table import RequestTable
 from apar.runtime.row_groups import RowGroups
+from apar.runtime.speculative.row_drafts import RowDrafts
 from apar.runtime.step import Int32Array, IntArray, StepInputs
 
 
@@ -22,6 +23,8 @@ class Plan:
     counts: Int32Array
     copies: Int32Array = field(default_factory=lambda: NO_COPIES)
     registered: list[int] = field(default_factory=list)
+    drafts: RowDrafts | None = None
+    """Drafts of the rows; `counts` has their nodes."""
 
 
 @dataclass(slots=True)
@@ -33,14 +36,17 @@ class Step:
     """[R] slots of the branches in the step."""
     counts: Int32Array
     """[R] tokens of each row."""
+    pending: Int32Array
+    """[R] those of its path: draft nodes left out."""
     sampled: IntArray
-    """[L] slots whose logits are wanted, in the order of the logits."""
+    """[S] slots that sample, in the order of the first S logits; the others are those of draft nodes."""
     counters: Int32Array
-    """[L] index of the token to be sampled within its branch."""
+    """[S] index of the token to be sampled within its branch."""
     fork_banned: BoolArray
-    """[L] rows that may not sample [Fork] in this step."""
+    """[S] rows that may not sample [Fork] in this step."""
     groups: RowGroups
     """Requests of the sampled rows."""
+    drafts: RowDrafts | None
     registered: list[int]
     """Blocks that became findable in the prefix cache on the promise that this step fills them."""
 
@@ -68,7 +74,7 @@ class StepWriter:
         `groups` are the plan's rows by request; `resuming`: some rows may belong to trees that are not level yet.
         """
         table, size = self.table, self.table.block_size
-        rows, counts = plan.rows, plan.counts
+        rows, counts, drafts = plan.rows, plan.counts, plan.drafts
         num_rows = rows.size
         query_start = np.zeros(num_rows + 1, dtype=np.int32)
         np.cumsum(counts, out=query_start[1:])
@@ -76,19 +82,32 @@ class StepWriter:
         computed = table.computed[rows]
         kv_len = computed + counts
         if num_tokens == num_rows:
-            token_rows, positions = rows, computed
+            token_rows, index = rows, computed
         else:
             row_of_token = np.repeat(self._arange[:num_rows], counts)
             token_rows = rows[row_of_token]
-            positions = (computed - query_start[:-1])[row_of_token] + self._arange[:num_tokens]
-        column, offset = np.divmod(positions, size)
+            index = (computed - query_start[:-1])[row_of_token] + self._arange[:num_tokens]
+        column, offset = np.divmod(index, size)
         length = table.length[rows]
-        complete = kv_len == length
+        pending, last, mask = counts, query_start[1:] - 1, self._no_mask[:num_tokens]
+        if drafts is None:
+            ids, positions = table.tokens[token_rows, index], index
+        else:
+            drafts.pad(num_rows)
+            pending = counts - drafts.sizes
+            last = last - drafts.sizes
+            places, nodes = drafts.places(query_start), drafts.nodes()
+            ids = table.tokens[token_rows, np.minimum(index, table.tokens.shape[1] - 1)]
+            ids[places] = drafts.tokens
+            positions = index.copy()
+            positions[places] = np.repeat(length, drafts.sizes) - 1 + drafts.tree.depth[nodes]
+            if not drafts.tree.linear:
+                mask = drafts.tree_mask(query_start, index - np.repeat(computed, counts))
+        complete = computed + pending == length
         if resuming:
             # A tree that is being resumed samples only when all its branches have caught up.
             several = self.requests.live[groups.requests] > 1
             complete &= ~(self.requests.catching_up[groups.requests] & several)
-        last = query_start[1:] - 1
         if complete.all():
             sampled, sampled_groups = rows, groups
         else:
@@ -96,7 +115,7 @@ class StepWriter:
             sampled, length, last = rows[wanted], length[wanted], last[wanted]
             sampled_groups = RowGroups.of(groups.requests[wanted])
         inputs = StepInputs(
-            input_ids=table.tokens[token_rows, positions],
+            input_ids=ids,
             position_ids=positions,
             query_start=query_start,
             kv_len=kv_len,
@@ -105,17 +124,19 @@ class StepWriter:
             slot_copies=plan.copies,
             prefix_rows=groups.bounds,
             prefix_blocks=self._shared_blocks(rows, groups),
-            tree_mask=self._no_mask[:num_tokens],
-            logits_rows=last,
+            tree_mask=mask,
+            logits_rows=last if drafts is None else np.concatenate((last, places.astype(np.int32))),
         )
         return Step(
             inputs=inputs,
             rows=rows,
             counts=counts,
+            pending=pending,
             sampled=sampled,
             counters=length - table.start[sampled],
             fork_banned=self.fork_bans.of(sampled, sampled_groups, length, inputs.input_ids[last]),
             groups=sampled_groups,
+            drafts=drafts,
             registered=plan.registered,
         )
 

@@ -105,10 +105,10 @@ class TextEngine:
 
     def step(self) -> list[Answer]:
         """Run one step; returns the answers that have new events or are finished, each once."""
-        report = self.engine.step()
+        touched: dict[Request, Answer] = {}
+        report = self.engine.step(lambda booked: touched.update(self._read(booked)))
         if report is None:
             return []
-        touched = self._read(report)
         for request in report.finished:
             answer = self._answers[request]
             touched[request] = answer
@@ -117,11 +117,13 @@ class TextEngine:
 
     def stats(self) -> dict[str, Any]:
         """Gauges and counters of the scheduler and the KV pool."""
+        speculation = self.engine.scheduler.speculation
         return {
             **self.engine.scheduler.load(),
             "host_seconds": self.engine.host_seconds,
             "model_seconds": self.engine.model_seconds,
             "sample_seconds": self.engine.sample_seconds,
+            **({} if speculation is None else {"accepted_lengths": speculation.lengths.tolist()}),
         }
 
     def close(self) -> None:

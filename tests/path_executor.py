@@ -14,6 +14,7 @@ import numpy as np
 
 from apar.export.manifest import DecoderConfig, Manifest, TokenIds
 from apar.runtime.executor.base import Executor
+from apar.runtime.executor.tree_mask import visible
 from apar.runtime.sampling_params import SamplingParams
 from apar.runtime.step import Float32Array, StepInputs
 
@@ -61,6 +62,8 @@ class PathExecutor(Executor):
         self.fail_next = False
         self.poison: set[int] = set()
         """Prompt-starting tokens whose rows get NaN logits."""
+        self.hidden: list[tuple[int, ...]] = []
+        """Paths of the last step's logits."""
         self.computed_tokens = 0
         self.block_reads = 0
 
@@ -88,16 +91,23 @@ class PathExecutor(Executor):
             where = table[index // size] * size + index % size
             start, end = int(inputs.query_start[row]), int(inputs.query_start[row + 1])
             assert (inputs.slot_mapping[start:end] == where[length - (end - start) :]).all()
-            assert (inputs.position_ids[start:end] == index[length - (end - start) :]).all()
-            path = self.slots[where]
+            before = length - (end - start)
+            path = self.slots[where[:before]]
             assert (path >= 0).all(), "a slot is read before it was written"
-            paths.append(tuple(path.tolist()))
+            seen = visible(inputs.tree_mask[start:end], end - start)
+            for i in range(end - start):
+                assert seen[i, i] and not seen[i, i + 1 :].any()
+                ancestors = np.flatnonzero(seen[i, :i])
+                # A token's ancestors are those of the last of them, and that one.
+                assert not ancestors.size or (seen[ancestors[-1], : ancestors[-1] + 1].nonzero()[0] == ancestors).all()
+                assert inputs.position_ids[start + i] == before + ancestors.size
+            tails = [inputs.input_ids[start:end][seen[i, : end - start]] for i in range(end - start)]
+            paths += [(path, tail) for tail in tails]
         self._check_groups(inputs)
+        self.hidden = [(*path.tolist(), *tail.tolist()) for path, tail in (paths[i] for i in inputs.logits_rows)]
         logits = np.zeros((inputs.logits_rows.size, VOCAB), dtype=np.float32)
-        ends = {int(end) - 1: row for row, end in enumerate(inputs.query_start[1:])}
-        for i, token in enumerate(inputs.logits_rows.tolist()):
-            path = paths[ends[token]]
-            logits[i] = np.nan if path[0] in self.poison else scores(path)
+        for i, whole in enumerate(self.hidden):
+            logits[i] = np.nan if whole[0] in self.poison else scores(whole)
         return logits
 
     def _check_groups(self, inputs: StepInputs) -> None:

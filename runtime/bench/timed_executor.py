@@ -35,6 +35,7 @@ class TimedExecutor(Executor):
         self.manifest = executor.manifest
         self.num_blocks = executor.num_blocks
         self.detail = executor.detail
+        self.memory_bound_tokens = executor.memory_bound_tokens
         self.records: list[StepRecord] = []
 
     def execute(self, inputs: StepInputs) -> Float32Array:

@@ -32,6 +32,7 @@ class VirtualExecutor(Executor):
         self.manifest = executor.manifest
         self.num_blocks = executor.num_blocks
         self.detail = executor.detail
+        self.memory_bound_tokens = executor.memory_bound_tokens
         self.engine: Engine | None = None
         """Whose books are recorded."""
         self.now = 0.0

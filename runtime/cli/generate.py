@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from apar.export.errors import RequestError
+from apar.runtime.cli.draft_options import add_draft_options, draft_options
 from apar.runtime.cli.engine_options import add_engine_options, executor_options, find_engine, scheduler_limits
 from apar.runtime.cli.parser import Parser, seconds
 from apar.runtime.cli.prompts import PromptEntry, gather_prompts
@@ -30,6 +31,7 @@ EPILOG = """\
 examples:
   apar generate tiny "How do I grow tomatoes?"
   apar generate ./engine "Plan a week in Rome." --max-tokens 800 --temperature 0.7 --seed 1
+  apar generate ./engine "Plan a week in Rome." --draft medusa      # the same answer in fewer steps
   apar generate ./engine "Plan a week in Rome." --no-fork          # the same model without branches, to compare
   apar generate ./engine "first question" "second question"        # decoded together
   cat question.txt | apar generate ./engine
@@ -66,6 +68,7 @@ def make_parser() -> Parser:
         "--raw-prompt", action="store_true", help="continue the text as it stands, without the chat template"
     )
     add_sampling_options(parser)
+    add_draft_options(parser)
     shown = parser.add_argument_group("output")
     form = shown.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="one JSON object a prompt")
@@ -97,6 +100,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         params = sampling_params(options)
         limits = scheduler_limits(options)
+        draft = draft_options(options)
         prompts = gather_prompts(options.prompts, options.file, sys.stdin)
     except RequestError as error:
         parser.error(str(error))
@@ -107,7 +111,7 @@ def run(options: argparse.Namespace) -> int:
     from apar.runtime.cli.interrupt import Interrupt
     from apar.runtime.llm import load_text_engine
 
-    engine = load_text_engine(directory, options.executor, limits, **executor_options(options))
+    engine = load_text_engine(directory, options.executor, limits, draft=draft, **executor_options(options))
     try:
         answers = [_submit(engine, i, prompts, params, options) for i in range(len(prompts))]
         with Interrupt() as interrupt, make_output(options, prompts, answers) as output:

@@ -31,6 +31,9 @@ class Executor(ABC):
     manifest: Manifest
     num_blocks: int
     detail: str
+    memory_bound_tokens: int = 16
+    """Tokens that a step may have before it costs noticeably more than one: what drafts may fill up. About the
+    machine's arithmetic over its memory bandwidth; this is a common CPU's in float32."""
 
     @property
     def step_limits(self) -> tuple[int, int] | None:

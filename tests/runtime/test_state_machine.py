@@ -1,6 +1,6 @@
 """A Hypothesis state machine over requests, branches and blocks, against decoding without any of them.
 
-Whatever is added, stepped, cancelled, preempted or failed, in whatever order: the books balance after every
+Whatever is added, stepped, drafted, cancelled, preempted or failed, in whatever order: the books balance after every
 rule, no step reads a slot that was not written or writes one that is shared (the path executor checks), and
 every request that ran to its end gives exactly the tree that plain decoding gives.
 """
@@ -11,6 +11,7 @@ import os
 
 import numpy as np
 import pytest
+from drafting import RandomDrafter, random_tree, speculate
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -38,14 +39,22 @@ class BranchesAndBlocks(RuleBasedStateMachine):
         spare=st.integers(0, 60),
         rows=st.sampled_from([3, 8, 40]),
         caching=st.booleans(),
+        drafts=st.none()
+        | st.tuples(st.integers(1, 40), st.sampled_from([0.3, 0.8, 1.0]), st.sampled_from([4, 16, 200])),
     )
-    def start(self, block_size: int, spare: int, rows: int, caching: bool) -> None:
+    def start(
+        self, block_size: int, spare: int, rows: int, caching: bool, drafts: tuple[int, float, int] | None
+    ) -> None:
         limits = SchedulerLimits(
             max_rows=rows, max_step_tokens=2 * rows + 5, max_live_branches=3 * rows + 20, prefix_caching=caching
         )
         self.executor = PathExecutor(CONTEXT // block_size + spare, block_size, CONTEXT)
         self.now = 0.0
         self.engine = Engine(self.executor, limits, clock=lambda: self.now)
+        if drafts is not None:
+            nodes, chance, step_tokens = drafts
+            tree = random_tree(np.random.default_rng(nodes), nodes)
+            speculate(self.engine, RandomDrafter(self.engine.scheduler.table, tree, chance, seed=nodes), step_tokens)
         # Limits that depend on what else is live would make a tree depend on the schedule: keep them out of reach.
         self.params = SamplingParams(max_tokens=100_000, max_depth=2, max_branch_tokens=24)
         self.plain = SamplingParams(max_tokens=100_000, fork=False, max_branch_tokens=24)
@@ -162,6 +171,7 @@ def test_a_million_operations() -> None:
             int(random.integers(0, 61)),
             int(random.choice([3, 8, 40])),
             bool(random.integers(2)),
+            (int(random.integers(1, 41)), float(random.choice([0.3, 0.8, 1.0])), int(random.choice([4, 16, 200]))),
         )
         scheduler = machine.engine.scheduler
         for _ in range(400):

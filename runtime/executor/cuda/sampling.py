@@ -32,6 +32,11 @@ class TorchLogits(DeviceLogits):
         return copied
 
     @torch.inference_mode()
+    def take(self, rows: IntArray) -> TorchLogits:
+        """See DeviceLogits.take."""
+        return TorchLogits(self.values[self._upload(rows)])
+
+    @torch.inference_mode()
     def draw(
         self,
         vocab_size: int,

@@ -1,0 +1,66 @@
+"""Options of speculative decoding; shared by `generate` and whatever else runs an engine."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from apar.runtime.cli.parser import Parser, whole
+
+if TYPE_CHECKING:
+    from apar.runtime.speculative.options import DraftOptions
+
+
+def add_draft_options(parser: Parser) -> None:
+    """How to draft."""
+    group = parser.add_argument_group("speculative decoding")
+    group.add_argument(
+        "--draft",
+        choices=("none", "medusa", "ngram"),
+        default="none",
+        help="guess several tokens a step and verify them together, which keeps the answer: medusa asks the engine's "
+        "Medusa heads, ngram looks in the prompt and in what the branches said (default: none)",
+    )
+    group.add_argument(
+        "--num-speculative-tokens",
+        type=whole(1),
+        metavar="N",
+        help="most draft tokens of a branch in a step (default: the whole tree; 8 with ngram)",
+    )
+    group.add_argument(
+        "--medusa-widths",
+        metavar="1,W,...",
+        help="medusa: guesses of each head that follow every node of the draft tree (default: 1,7,6)",
+    )
+    group.add_argument(
+        "--draft-budget",
+        type=whole(1),
+        metavar="N",
+        help="draft tokens of a whole step (default: what the executor's steps bear without becoming slower)",
+    )
+    group.add_argument(
+        "--acceptance",
+        choices=("exact", "typical"),
+        default="exact",
+        help="typical: branches that sample take drafts that the model finds typical, which changes the distribution",
+    )
+
+
+def draft_options(options: argparse.Namespace) -> DraftOptions:
+    """What the user asked for. Raises RequestError where it means nothing."""
+    from apar.export.errors import RequestError
+    from apar.runtime.speculative.options import DEFAULT_WIDTHS, DraftOptions
+
+    widths: tuple[int, ...] = DEFAULT_WIDTHS
+    if options.medusa_widths is not None:
+        parts = options.medusa_widths.split(",")
+        if not all(part.isascii() and part.isdigit() and len(part) < 6 for part in parts):
+            raise RequestError(f"--medusa-widths is {options.medusa_widths!r}, it must be numbers such as 1,7,6")
+        widths = tuple(int(part) for part in parts)
+    return DraftOptions(
+        method=options.draft,
+        num_speculative_tokens=options.num_speculative_tokens,
+        medusa_widths=widths,
+        draft_budget=options.draft_budget,
+        acceptance=options.acceptance,
+    )

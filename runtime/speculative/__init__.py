@@ -1,0 +1,1 @@
+"""Speculation inside branches: drafts of several tokens a row, verified in one step (docs/speculation.md)."""

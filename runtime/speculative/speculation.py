@@ -1,0 +1,196 @@
+"""Speculation of an engine: plans drafts, follows them through verification, learns from what came."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from apar.export.errors import RequestError
+from apar.export.manifest import TokenIds
+from apar.runtime.booking import StepReport
+from apar.runtime.branch_blocks import BranchBlocks
+from apar.runtime.branch_table import BranchTable
+from apar.runtime.device_logits import DeviceLogits
+from apar.runtime.executor.base import Executor
+from apar.runtime.request_table import RequestTable
+from apar.runtime.sampler import Sampler
+from apar.runtime.speculative.budget import DraftBudget
+from apar.runtime.speculative.drafter import Drafter
+from apar.runtime.speculative.horizon import Horizon, Reach
+from apar.runtime.speculative.medusa import MedusaDrafter
+from apar.runtime.speculative.ngram import NgramDrafter
+from apar.runtime.speculative.options import DraftOptions
+from apar.runtime.speculative.row_drafts import RowDrafts
+from apar.runtime.speculative.tree import DraftTree
+from apar.runtime.speculative.typical import typical_token
+from apar.runtime.speculative.verification import Verification
+from apar.runtime.step import Float32Array, Int32Array, IntArray
+from apar.runtime.step_writer import Step
+
+
+class Speculation:
+    """Drafts for the rows of an engine's steps.
+
+    Args:
+        options: how to draft.
+        drafter: guesses tokens.
+        table: live branches.
+        requests: admitted requests.
+        blocks: of the branches.
+        tokens: ids of [Fork] and the ends.
+        step_tokens: tokens up to which the executor's steps are bound by memory.
+    """
+
+    def __init__(
+        self,
+        options: DraftOptions,
+        drafter: Drafter,
+        table: BranchTable,
+        requests: RequestTable,
+        blocks: BranchBlocks,
+        tokens: TokenIds,
+        step_tokens: int,
+    ) -> None:
+        self.options = options
+        self.drafter = drafter
+        self.tree = drafter.tree
+        self.table = table
+        self.requests = requests
+        self.blocks = blocks
+        self.tokens = tokens
+        self.step_tokens = step_tokens
+        self.budget = DraftBudget(self.tree, options.adaptive, table.capacity)
+        self.horizon = Horizon(table, requests, self.tree.max_depth + 1)
+        self.drafted = 0
+        """Draft nodes verified so far."""
+        self.accepted = 0
+        """Draft nodes accepted so far."""
+        self.lengths: IntArray = np.zeros(self.tree.max_depth + 1, dtype=np.int64)
+        """[depth + 1] how often a row with a draft accepted so many nodes of it in a step."""
+
+    # ---------------------------------------------------------------- planning
+
+    def reach(self, rows: IntArray) -> Reach:
+        """Which rows take part in the next step, and how far each may get (`horizon`)."""
+        return self.horizon.reach(rows)
+
+    def draft(self, reach: Reach, pending: Int32Array, max_step_tokens: int) -> RowDrafts | None:
+        """Drafts behind the `pending` [R] tokens of each row, within the budget; None where there are none."""
+        rows, table, tree = reach.rows, self.table, self.tree
+        if not rows.size:
+            return None
+        length = table.length[rows]
+        # The deepest node is followed by one more token; a branch has no use for more than it may still say.
+        most = np.minimum(reach.allowance, table.limit[rows] - length)
+        most = np.minimum(most, self.requests.remaining[table.request[rows]])
+        limits = np.minimum(self.drafter.available(rows), tree.upto_depth[np.clip(most - 1, 0, tree.max_depth)])
+        limits = np.minimum(limits, table.block_table.shape[1] * table.block_size - length).astype(np.int32)
+        taken = int(pending.sum())
+        sizes = self.budget.sizes(rows, limits, min(self._budget(taken, max_step_tokens), max_step_tokens - taken))
+        if not sizes.any():
+            return None
+        return RowDrafts(tree, sizes, self.drafter.tokens(rows, sizes), reach.together)
+
+    def _budget(self, taken: int, max_step_tokens: int) -> int:
+        """Draft nodes that a step with `taken` other tokens may have."""
+        if self.options.draft_budget is not None:
+            return self.options.draft_budget
+        return self.step_tokens - taken if self.options.adaptive else max_step_tokens
+
+    # ---------------------------------------------------------------- after the step
+
+    def verify(self, step: Step) -> Verification:
+        """To follow the drafts of a step that ran. To be asked for before the step is booked."""
+        return Verification(step, self.table, self.requests, self.blocks, self.tokens.fork)
+
+    def judge(
+        self,
+        verification: Verification,
+        rows: IntArray,
+        logits: Float32Array | DeviceLogits,
+        sampler: Sampler,
+        tokens: Int32Array,
+    ) -> None:
+        """`rows` have sampled and are about to be booked: note it, and where acceptance is typical, put typical guesses
+        in place of what they drew.
+
+        logits: [n, V] of the rows, as `Sampler.sample` left them; tokens: [n] that it drew, changed in place.
+        """
+        self.horizon.advanced(verification.slots[rows])
+        if self.options.acceptance != "typical" or isinstance(logits, DeviceLogits):
+            return
+        drawing = np.flatnonzero(~sampler.is_greedy(verification.slots[rows]) & (tokens >= 0))
+        for i in drawing.tolist():
+            branch = self.table.branches[int(verification.slots[rows[i]])]
+            guesses = verification.guesses(int(rows[i]))
+            if branch is None or not guesses.size or branch.request.params.logprobs is not None:
+                continue
+            options = self.options
+            guess = typical_token(
+                logits[i], guesses, branch.request.params, options.posterior_threshold, options.posterior_alpha
+            )
+            if guess is not None:
+                tokens[i] = guess
+
+    def advance(self, verification: Verification, rows: IntArray) -> IntArray:
+        """`rows` have sampled and been booked; returns those that sample once more in this step."""
+        rows = verification.live(rows)
+        guessed = verification.guessed(rows)
+        first = verification.accepted[rows] == 0
+        drafted = (verification.sizes[rows] > 0) & first
+        if drafted.any():
+            self.budget.learn(verification.slots[rows[drafted]], guessed[drafted] >= 0)
+        return verification.follow(rows, guessed)
+
+    def settle(self, step: Step, verification: Verification, report: StepReport) -> None:
+        """All rounds are booked: count, free blocks that drafts took, and guess what comes next."""
+        drafted = verification.sizes > 0
+        self.drafted += int(verification.sizes.sum())
+        self.accepted += int(verification.accepted.sum())
+        self.lengths += np.bincount(verification.accepted[drafted], minlength=self.lengths.size)
+        rows = verification.live(np.arange(verification.slots.size))
+        slots = verification.slots[rows]
+        self.blocks.trim(slots[drafted[rows]])
+        table = self.table
+        roots = (step.counters[rows] == 0) & (table.clock_base[slots] == table.start[slots])
+        self.budget.begin(slots[roots])
+        children = [child for child in report.forked if child.slot >= 0]
+        for child in children:
+            parent = child.parent
+            if parent is not None and parent.slot >= 0:
+                self.budget.inherit(child.slot, parent.slot)
+        self.drafter.learn(report, slots, verification.wanted[rows], children)
+
+    def counters(self) -> dict[str, int]:
+        """Counts for people and metrics."""
+        return {"draft_tokens": self.drafted, "accepted_draft_tokens": self.accepted}
+
+
+def make_speculation(
+    options: DraftOptions,
+    executor: Executor,
+    table: BranchTable,
+    requests: RequestTable,
+    blocks: BranchBlocks,
+) -> Speculation:
+    """The speculation that `options` ask for.
+
+    Raises ExecutorError where the engine or the executor cannot, RequestError where the tree is deeper than there are
+    heads.
+    """
+    manifest = executor.manifest
+    drafter: Drafter
+    if options.method == "medusa":
+        heads = manifest.draft_heads.count if manifest.draft_heads else 0
+        paths = options.paths()
+        deepest = max(len(path) for path in paths)
+        if heads and deepest > heads:
+            raise RequestError(
+                f"the draft tree is {deepest} deep, the engine has {heads} Medusa heads: use a lower tree"
+            )
+        tree = DraftTree(paths, options.num_speculative_tokens)
+        drafter = MedusaDrafter(executor, table, tree, manifest.decoder.vocab_size, manifest.tokens)
+    else:
+        tree = DraftTree(options.paths())
+        drafter = NgramDrafter(table, tree, manifest.tokens, options.prompt_lookup_min, options.prompt_lookup_max)
+    step_tokens = executor.memory_bound_tokens
+    return Speculation(options, drafter, table, requests, blocks, manifest.tokens, step_tokens)
