@@ -17,7 +17,7 @@ import math
 import re
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -315,7 +315,7 @@ class Batch:
     targets: Tensor
 
 
-def collate(group: list[Sequence]) -> Batch:
+def collate(group: Collection[Sequence]) -> Batch:
     """Pad sequences to the longest and build what the model needs."""
     length = max(len(sequence.ids) for sequence in group)
     ids = np.zeros((len(group), length), np.int64)

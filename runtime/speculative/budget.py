@@ -35,7 +35,7 @@ class DraftBudget:
         min_gain: nodes less likely than this are not proposed, however much budget is left.
     """
 
-    def __init__(self, tree: DraftTree, adaptive: bool, capacity: int, min_gain: float = 0.01) -> None:
+    def __init__(self, tree: DraftTree, adaptive: bool, capacity: int, min_gain: float = 0.002) -> None:
         self.tree = tree
         self.adaptive = adaptive
         self.skill: Float64Array = np.full(capacity, _FIRST_SKILL)
