@@ -16,6 +16,7 @@ from apar.runtime.speculative.options import DraftOptions
 from apar.runtime.speculative.speculation import Speculation
 from apar.runtime.speculative.tree import DraftTree
 from apar.runtime.step import Int32Array, IntArray
+from apar.runtime.step_writer import Step
 
 
 class RandomDrafter(Drafter):
@@ -70,3 +71,13 @@ def random_tree(random: np.random.Generator, nodes: int, width: int = 3, depth: 
         path = tuple(int(random.integers(width)) for _ in range(int(random.integers(1, depth + 1))))
         paths |= {path[:length] for length in range(1, len(path) + 1)}
     return DraftTree(sorted(paths), max(nodes, 1))
+
+
+def run_planned(engine: Engine, step: Step) -> None:
+    """Run and book a step that a test has looked at after planning it."""
+    speculation = engine.scheduler.speculation
+    assert speculation is not None
+    logits = engine.executor.execute(step.inputs)
+    first = logits[: step.sampled.size].copy()
+    sampled = engine._sample(first, step.sampled, step.counters, step.fork_banned)
+    engine._verify(step, logits, first, sampled, speculation, None)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoints import make_checkpoint, make_heads
-from drafting import random_tree
+from drafting import random_tree, run_planned
 
 from apar.export.errors import ExecutorError, RequestError
 from apar.export.onnx_engine import build
@@ -276,9 +276,7 @@ def test_a_child_drafts_from_its_first_step(tiny_engine: Path, heldout: list[dic
             if step.drafts is not None:
                 drafted += int((step.drafts.sizes[children] > 0).sum())
             slots, before = step.rows[children], table.length[step.rows[children]]
-            logits = engine.executor.execute(step.inputs)
-            sampled = engine._sample(logits, step.sampled, step.counters, step.fork_banned)
-            engine._verify(step, logits, sampled, speculation, None)
+            run_planned(engine, step)
             accepted += int((table.length[slots] - before > 1).sum())
     assert born == drafted == 6
     assert accepted >= 2
