@@ -69,3 +69,10 @@ def test_an_engine_by_path_is_taken_as_it_is(tiny_engine: Path) -> None:
         shape_engine("13b")
     with pytest.raises(EngineError, match="no weight format 'fp4'; formats are f32, bf16, int8, int4"):
         shape_engine("10m", "fp4")
+
+
+def test_command_options_name_the_same_shapes() -> None:
+    from apar.runtime.cli.bench import shape_options
+
+    assert set(shape_options.SHAPES) == set(shapes.SHAPES)
+    assert set(shape_options.FORMATS) == set(FORMATS)

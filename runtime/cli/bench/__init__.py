@@ -13,6 +13,7 @@ KINDS = {
     "generate": "an engine on its prompts, without and with branches: steps, time, KV blocks, memory bandwidth",
     "host": "the runtime's own cost a step, without any model",
     "trees": "recorded answers on an engine of any shape: what forks save in steps and in time",
+    "peers": "a shape on other engines: llama.cpp, OpenVINO, transformers, ONNX Runtime's own kernels",
     "quality": "what quantisation costs: distributions, trees and answers against the float32 engine",
     "serve": "a service under load: throughput, time to first token, its own cost beside the runtime's",
     "replay": "scheduling under load: recorded answers on a virtual clock, without any model",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from apar.export.errors import RequestError
 from apar.runtime.cli.bench.progress import show_progress
+from apar.runtime.cli.bench.shape_options import SHAPES
 from apar.runtime.cli.parser import Parser, whole
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def add_options(parser: Parser) -> None:
     parser.add_argument(
         "checkpoint", metavar="CHECKPOINT", nargs="?", default="tiny", help="a checkpoint directory, or `tiny`"
     )
-    parser.add_argument("--shape", choices=("10m", "100m", "1b", "7b"), help="projections of this shape instead")
+    parser.add_argument("--shape", choices=SHAPES, help="projections of this shape instead")
     parser.add_argument(
         "--format", choices=("int4", "int8", "all"), default="all", help="which quantisations are compared"
     )

@@ -8,6 +8,10 @@ from pathlib import Path
 
 from apar.runtime.cli.parser import Parser, whole
 
+SHAPES = ("10m", "100m", "1b", "7b")
+FORMATS = ("f32", "bf16", "int8", "int4")
+"""Those of apar.runtime.bench.shapes, which takes long to import."""
+
 
 def add_shape_options(parser: Parser, default_format: str = "int4") -> argparse._ArgumentGroup:
     """Which engine, and how it runs; see `executor_options`."""
@@ -19,13 +23,7 @@ def add_shape_options(parser: Parser, default_format: str = "int4") -> argparse.
         help="10m, 100m, 1b (TinyLlama) or 7b (APAR-7B) with random weights, built once into the cache directory; or "
         "an engine or checkpoint directory, or `tiny`",
     )
-    group.add_argument(
-        "--format",
-        choices=("f32", "bf16", "int8", "int4"),
-        default=default_format,
-        help="weights of a shape",
-    )
-    group.add_argument("--layers", type=whole(1), metavar="N", help="other number of layers than the shape's")
+    _add_weights(group, default_format)
     group.add_argument("--graph", choices=("auto", "native", "portable"), default="auto", help="as for `apar generate`")
     group.add_argument("--threads", type=whole(1), metavar="N", help="threads of a step (default: physical cores)")
     group.add_argument(
@@ -35,6 +33,18 @@ def add_shape_options(parser: Parser, default_format: str = "int4") -> argparse.
     )
     group.set_defaults(num_blocks=None, kv_memory_mb=None)
     return group
+
+
+def add_shape_choice(parser: Parser) -> None:
+    """Which shape, for measurements that take no other engine."""
+    group = parser.add_argument_group("engine")
+    group.add_argument("--shape", choices=SHAPES, default="100m", help="1b is TinyLlama's, 7b is APAR-7B's")
+    _add_weights(group, "int4")
+
+
+def _add_weights(group: argparse._ArgumentGroup, default: str) -> None:
+    group.add_argument("--format", choices=FORMATS, default=default, help="weights of a shape")
+    group.add_argument("--layers", type=whole(1), metavar="N", help="other number of layers than the shape's")
 
 
 def find_shape(options: argparse.Namespace) -> Path:
