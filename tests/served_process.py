@@ -44,6 +44,7 @@ class ServedProcess:
             )
         self.urls: dict[str, Any] = {}
         self._identity = ""
+        self._temporary = folder
 
     def __enter__(self) -> ServedProcess:
         end = time.monotonic() + START_SECONDS
@@ -54,6 +55,7 @@ class ServedProcess:
                 time.sleep(0.05)
             self.urls = json.loads(self._file.read_text())
             self._identity = self.identity()
+            self._temporary = Path(variable(self.server_pid(), "TMPDIR"))
         except BaseException:
             self.process.kill()
             raise
@@ -116,13 +118,12 @@ class ServedProcess:
 
     def identity(self) -> str:
         """The mark of its processes."""
-        variables = Path(f"/proc/{self.server_pid()}/environ").read_bytes().split(b"\0")
-        (mark,) = [v for v in variables if v.startswith(traces.VARIABLE.encode())]
-        return mark.partition(b"=")[2].decode()
+        return variable(self.server_pid(), traces.VARIABLE)
 
     def left_behind(self) -> list[str]:
         """Processes, shared memory and folders of it that are still there."""
         left = [f"{pid} {command_of(pid)!r}" for pid in traces.processes_of(self._identity)]
+        left += [str(self._temporary)] if self._temporary.exists() else []
         left += [file.name for file in traces.SHARED_MEMORY.iterdir() if self._identity in file.name]
         return left
 
@@ -149,6 +150,12 @@ def name_of(pid: int) -> str:
         return Path(f"/proc/{pid}/comm").read_text().strip()
     except OSError:
         return ""
+
+
+def variable(pid: int, name: str) -> str:
+    """A variable in a process's environment."""
+    pairs = (entry.partition("=") for entry in Path(f"/proc/{pid}/environ").read_text().split("\0"))
+    return {key: value for key, _, value in pairs}[name]
 
 
 def command_of(pid: int) -> bytes:

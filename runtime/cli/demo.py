@@ -64,7 +64,8 @@ def run(options: argparse.Namespace) -> int:
         options.parser.error("--bad-words-ids is not for a served model; give the words: --bad-words TEXT")
     _require_packages()
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _leave)
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _leave)
 
     from apar.runtime.serving.grpc_view import show_answers
     from apar.runtime.serving.model_inputs import model_inputs

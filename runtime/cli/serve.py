@@ -184,6 +184,7 @@ def _api_keys(options: argparse.Namespace) -> tuple[str, ...]:
             raise ServingError(f"{options.api_key_file} holds no key; write one a line")
     if not keys and os.environ.get(API_KEY_VARIABLE):
         keys = [os.environ[API_KEY_VARIABLE]]
+    os.environ.pop(API_KEY_VARIABLE, None)  # the server's processes need not know it
     if "" in keys:
         options.parser.error("an API key is empty")
     return tuple(keys)

@@ -56,7 +56,10 @@ class FullService:
     async def run(self, ready: Callable[[Urls], None]) -> None:
         """Start, call `ready` when requests are answered, serve, and end. Raises ServingError where the start fails."""
         loop = asyncio.get_running_loop()
+        # What the caller has ignored (nohup does so) stays ignored.
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(number) is signal.SIG_IGN:
+                continue
             loop.add_signal_handler(number, self._signalled)
         await self._listener.start()
         try:

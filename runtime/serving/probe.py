@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import aiohttp
@@ -13,6 +14,8 @@ from apar.runtime.serving.model_responses import TritonError
 from apar.runtime.serving.triton_stream import stream_model
 
 PROBE_SECONDS = 20.0
+BUSY_SECONDS = 300.0
+"""How long an engine with requests in it may say nothing: a step that reads a long prompt takes its time."""
 PROMPT = "Hello"
 
 
@@ -31,18 +34,29 @@ class Health:
 class Probe:
     """Asks for one token, at most once every `keep` seconds and never twice at a time.
 
-    Tokens that users get count as well: a service under load is not asked more.
+    Tokens that users get count as well: a service under load is not asked more. An engine that is busy and says nothing
+    is taken for healthy for a while.
     """
 
-    def __init__(self, keep: float, seconds: float = PROBE_SECONDS) -> None:
+    def __init__(self, keep: float, seconds: float = PROBE_SECONDS, busy_seconds: float = BUSY_SECONDS) -> None:
         self._keep = keep
         self._seconds = seconds
+        self._busy_seconds = busy_seconds
         self._last: Health | None = None
+        self._good = 0.0
         self._lock = asyncio.Lock()
+        self.busy: Callable[[], bool] = lambda: False
+        """Whether requests are in flight; whoever knows sets it."""
+
+    @property
+    def silence(self) -> float:
+        """Seconds since the last token."""
+        return time.monotonic() - self._good
 
     def saw_tokens(self) -> None:
         """Somebody has just been given tokens."""
-        self._last = Health(True, "tokens are flowing", time.monotonic())
+        self._good = time.monotonic()
+        self._last = Health(True, "tokens are flowing", self._good)
 
     def forget(self) -> None:
         """What was known no longer holds: the server was started anew."""
@@ -55,6 +69,9 @@ class Probe:
                 return Health(False, "the server is starting", time.monotonic(), answered=False)
             if self._last is None or time.monotonic() - self._last.at > self._keep:
                 self._last = await self._ask(session, url)
+                if not self._last.answered and self.busy() and self.silence < self._busy_seconds:
+                    detail = f"busy: no token for {self.silence:.0f} s"
+                    self._last = Health(True, detail, time.monotonic(), answered=False)
             return self._last
 
     async def _ask(self, session: aiohttp.ClientSession, url: str) -> Health:
@@ -71,4 +88,5 @@ class Probe:
         except TritonError as error:
             # Overloaded means alive and busy; an engine that is starting again will answer by and by.
             return Health(error.code == "overloaded", str(error), time.monotonic(), answered=not error.silent)
-        return Health(True, "one token was generated", time.monotonic())
+        self._good = time.monotonic()
+        return Health(True, "one token was generated", self._good)

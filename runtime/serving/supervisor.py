@@ -168,9 +168,10 @@ class Supervisor:
                 if time.monotonic() < next_probe:
                     continue
                 health = await self.probe.check(session, process.addresses.http_url)
-                silent = 0 if health.answered else silent + 1
+                # Healthy without an answer is busy, and has time of its own.
+                silent = 0 if health.answered or health.healthy else silent + 1
                 if silent >= SILENT_PROBES:
-                    return f"does not answer ({health.detail})"
+                    return f"has not answered for {self.probe.silence:.0f} s"
                 next_probe = time.monotonic() + PROBE_EVERY
 
     def _dismiss_watchdog(self) -> None:

@@ -37,7 +37,7 @@ def processes_of(identity: str) -> list[int]:
     """Ids of live processes of this user that carry this identity, the caller excepted. Linux only."""
     wanted = f"{VARIABLE}={identity}".encode()
     found = []
-    for entry in Path("/proc").iterdir():
+    for entry in Path("/proc").iterdir() if Path("/proc").is_dir() else ():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
             continue
         try:

@@ -20,13 +20,13 @@ ENDLESS: dict[str, Any] = {"ignore_eos": True, "fork": False}
 class Stream:
     """An answer that is being read in a thread."""
 
-    def __init__(self, service: ServedProcess) -> None:
+    def __init__(self, service: ServedProcess, choices: int = 1) -> None:
         self.text = ""
         self.finish_reason: str | None = None
         self.error: Exception | None = None
         self._client = service.client()
         self._chunks = self._client.chat.completions.create(
-            model="tiny", messages=QUESTION, stream=True, max_tokens=900, extra_body=ENDLESS
+            model="tiny", messages=QUESTION, stream=True, max_tokens=900, n=choices, extra_body=ENDLESS
         )
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
@@ -45,7 +45,7 @@ class Stream:
         """Whether more may come."""
         return self._thread.is_alive()
 
-    def wait(self, seconds: float = 30.0) -> None:
+    def wait(self, seconds: float = 120.0) -> None:
         """Wait for its end."""
         self._thread.join(seconds)
         assert not self.running, "the stream hangs"
@@ -130,8 +130,9 @@ class TestFaults:
 
 class TestEnd:
     def test_answers_in_flight_are_completed(self, start: Any) -> None:
-        service = start()
-        streams = [Stream(service) for _ in range(4)]
+        service = start("--drain-seconds", "120")
+        # Many answers, so that the small engine has not ended them before it is asked to end itself.
+        streams = [Stream(service, choices=6) for _ in range(2)]
         service.process.send_signal(signal.SIGTERM)
         assert wait_for(lambda: refusal(service) == "shutting_down")
         for stream in streams:

@@ -69,11 +69,12 @@ class Gateway:
         self._fingerprint = f"apar-{version}" if version else "apar"
         self._keys = [hashlib.sha256(key.encode()).digest() for key in settings.api_keys]
         self._session: aiohttp.ClientSession | None = None
+        upstream.probe.busy = lambda: self.admission.in_flight > 0
         self.app = web.Application(client_max_size=settings.max_body_bytes, middlewares=[self._outermost])
         self.app.router.add_post("/v1/chat/completions", self._chat)
         self.app.router.add_post("/v1/completions", self._completions)
         self.app.router.add_get("/v1/models", self._models)
-        self.app.router.add_get("/v1/models/{name}", self._model)
+        self.app.router.add_get("/v1/models/{name:.+}", self._model)
         self.app.router.add_get("/health", self._health)
         self.app.router.add_get("/health/live", self._live)
         self.app.router.add_get("/metrics", self._metrics)
@@ -126,6 +127,7 @@ class Gateway:
         finally:
             name = route.canonical if route is not None else "other"
             self.metrics.requests.labels(name, str(status)).inc()
+            logger.debug("%s %s %d, request %s", request.method, request.path[:100], status, request_id)
         if not response.prepared:
             response.headers["X-Request-Id"] = request_id
         return response
