@@ -7,8 +7,9 @@ keeps that many in flight and measures throughput.
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
@@ -22,11 +23,18 @@ from apar.runtime.executor.threads import default_threads
 from apar.runtime.limits import SchedulerLimits
 from apar.runtime.outputs import RequestOutput
 from apar.runtime.sampling_params import SamplingParams
+from apar.runtime.speculative.options import DraftOptions
 from apar.runtime.text_engine import Prompt, TextEngine
 from apar.runtime.tokenizer import Tokenizer
 
 PLAIN, FORKED = "plain", "forked"
 MODES = (PLAIN, FORKED)
+DRAFTED_MODES = {
+    "medusa": (False, "medusa"),
+    "forked+medusa": (True, "medusa"),
+    "forked+ngram": (True, "ngram"),
+}
+"""Further modes: whether branches fork, and the draft method."""
 Progress = Callable[[int, int], None]
 """Called with sets of prompts run, and in all."""
 
@@ -60,6 +68,7 @@ class GenerateBench:
         tokenizer: of the same engine.
         params: of every request; `fork` is the bench's own business.
         threads: what the executor uses, for the bandwidth measurement.
+        drafts: speculative decoding of the modes with drafts, by method; methods that are not there are left out.
     """
 
     def __init__(
@@ -69,15 +78,26 @@ class GenerateBench:
         params: dict[str, Any],
         threads: int | None = None,
         limits: SchedulerLimits | None = None,
+        drafts: Mapping[str, DraftOptions] | None = None,
     ) -> None:
         self._executor = TimedExecutor(executor)
         limits = limits or SchedulerLimits(prefix_caching=False)
         self._engine = TextEngine(Engine(self._executor, limits), tokenizer)
-        self._params = {mode: SamplingParams(**{"seed": 0, **params, "fork": mode == FORKED}) for mode in MODES}
+        # Engines take turns on one executor: each is idle, with no block in use, when another one runs.
+        self._engines = dict.fromkeys(MODES, self._engine)
+        forks = {PLAIN: False, FORKED: True}
+        self._drafts = dict(drafts or {})
+        for mode, (fork, method) in DRAFTED_MODES.items():
+            if method in self._drafts:
+                engine = Engine(self._executor, limits, draft=self._drafts[method])
+                self._engines[mode] = TextEngine(engine, tokenizer)
+                forks[mode] = fork
+        self._modes = tuple(forks)
+        self._params = {mode: SamplingParams(**{"seed": 0, **params, "fork": fork}) for mode, fork in forks.items()}
         self._threads = threads or default_threads()
         self._replies: dict[tuple[str, int], _Reply] = {}
         self._step_seconds: dict[int, list[float]] = {}
-        self._set_seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
+        self._set_seconds: dict[str, list[float]] = {mode: [] for mode in self._modes}
 
     def run(
         self,
@@ -97,14 +117,14 @@ class GenerateBench:
         self._run_set(encoded, sets[0][:1], PLAIN, 1, keep=False)  # first use of memory and caches
         done, total = 0, repeat * len(sets)
         for turn in range(repeat):
-            took = dict.fromkeys(MODES, 0.0)
+            took = dict.fromkeys(self._modes, 0.0)
             for chosen in sets:
-                for mode in MODES if turn % 2 == 0 else reversed(MODES):
+                for mode in self._modes if turn % 2 == 0 else reversed(self._modes):
                     took[mode] += self._run_set(encoded, chosen, mode, concurrency)
                 done += 1
                 if progress:
                     progress(done, total)
-            for mode in MODES:
+            for mode in self._modes:
                 self._set_seconds[mode].append(took[mode])
         bandwidth = max(bandwidth, read_bandwidth(self._threads))
         return self._result([name for name, _ in prompts], repeat, concurrency, bandwidth)
@@ -117,7 +137,7 @@ class GenerateBench:
         self, encoded: Sequence[list[int]], chosen: Iterable[int], mode: str, concurrency: int, keep: bool = True
     ) -> float:
         """Run some prompts, at most `concurrency` at a time; returns seconds from first to last."""
-        engine, records = self._engine, self._executor.records
+        engine, records = self._engines[mode], self._executor.records
         waiting = list(chosen)[::-1]
         running: dict[str, int] = {}
         began = perf_counter()
@@ -130,7 +150,7 @@ class GenerateBench:
             before = perf_counter()
             answers = engine.step()
             seconds = perf_counter() - before
-            if keep and records and records[-1].decodes:
+            if keep and records and records[-1].decodes and mode in MODES:
                 self._step_seconds.setdefault(records[-1].rows, []).append(seconds)
             for answer in answers:
                 if answer.finished:
@@ -147,7 +167,8 @@ class GenerateBench:
     def _result(self, names: Sequence[str], repeat: int, concurrency: int, bandwidth: float) -> dict[str, Any]:
         manifest = self._executor.manifest
         replies: list[dict[str, Any]] = [
-            {"id": name, **{mode: self._replies[mode, i].figures() for mode in MODES}} for i, name in enumerate(names)
+            {"id": name, **{mode: self._replies[mode, i].figures() for mode in self._modes}}
+            for i, name in enumerate(names)
         ]
         forked = [reply for reply in replies if reply[FORKED]["branches"] > 1]
         weight_bytes = step_weight_bytes(manifest)
@@ -169,9 +190,11 @@ class GenerateBench:
                 "max_branches": self._params[PLAIN].max_branches,
                 "max_depth": self._params[PLAIN].max_depth,
                 "prefix_caching": False,
+                "drafts": {method: dataclasses.asdict(options) for method, options in self._drafts.items()},
             },
-            "all": _compare(replies),
-            "forked": _compare(forked),
+            "all": _compare(replies, self._modes),
+            "forked": _compare(forked, self._modes),
+            "drafts": {mode: self._acceptance(mode) for mode in self._modes if mode not in MODES},
             "throughput": self._throughput(replies),
             "step": self._steps(weight_bytes, bandwidth),
             "bandwidth": {
@@ -187,11 +210,25 @@ class GenerateBench:
     def _throughput(self, replies: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Tokens a second over the whole set of prompts."""
         found: dict[str, Any] = {}
-        for mode in MODES:
+        for mode in self._modes:
             seconds = statistics.median(self._set_seconds[mode])
             found[mode] = {"seconds": seconds, "tokens_per_second": sum(r[mode]["tokens"] for r in replies) / seconds}
         found["gain"] = found[FORKED]["tokens_per_second"] / found[PLAIN]["tokens_per_second"]
         return found
+
+    def _acceptance(self, mode: str) -> dict[str, Any]:
+        """What became of a mode's drafts, over all runs."""
+        speculation = self._engines[mode].engine.scheduler.speculation
+        assert speculation is not None
+        rows = max(int(speculation.lengths.sum()), 1)
+        return {
+            "draft_tokens": speculation.drafted,
+            "accepted_draft_tokens": speculation.accepted,
+            "accepted_lengths": speculation.lengths.tolist(),
+            "drafts": rows,
+            "tokens_per_draft": speculation.drafted / rows,
+            "acceptance_length": 1 + speculation.accepted / rows,
+        }
 
     def _steps(self, weight_bytes: int, bandwidth: float) -> list[dict[str, Any]]:
         """Decode steps by number of rows: how many, median milliseconds, percent of the bandwidth bound."""
@@ -211,12 +248,12 @@ class GenerateBench:
         return found
 
 
-def _compare(replies: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """Both modes over some replies, and what branches gained; None where there are no replies."""
+def _compare(replies: Sequence[dict[str, Any]], modes: Sequence[str]) -> dict[str, Any] | None:
+    """All modes over some replies, and what branches and drafts gained; None where there are no replies."""
     if not replies:
         return None
     found: dict[str, Any] = {"replies": len(replies)}
-    for mode in MODES:
+    for mode in modes:
         rows = [reply[mode] for reply in replies]
         tokens, steps = sum(r["tokens"] for r in rows), sum(r["steps"] for r in rows)
         seconds = sum(r["seconds"] for r in rows)
@@ -241,4 +278,11 @@ def _compare(replies: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     found["step_gain"] = forked["tokens_per_step"]
     found["wall_gain"] = same / forked["seconds"]
     found["wall_gain_per_step_gain"] = found["wall_gain"] / found["step_gain"]
+    for mode in modes:
+        if mode not in MODES:
+            # A mode that forks gives the forked reply, another one the plain reply; either decoded plainly is the base.
+            part = found[mode]
+            base = same if DRAFTED_MODES[mode][0] else plain["seconds"]
+            part["step_gain"] = part["tokens_per_step"]
+            part["wall_gain"] = base / part["seconds"]
     return found

@@ -22,6 +22,8 @@ def show_generate(result: Result, console: Console | None = None) -> None:
             console.print(f"{title}: none")
         else:
             console.print(_comparison(result[key], title))
+            if result["drafts"]:
+                console.print(_drafted(result, key, title))
     flow = result["throughput"]
     plain, forked = (f"{flow[mode]['tokens_per_second']:.1f}" for mode in ("plain", "forked"))
     console.print(
@@ -176,6 +178,29 @@ def _comparison(part: Result, title: str) -> Table:
     row("branches a reply", "branches_per_reply", ".1f")
     row("peak KV blocks, mean", "mean_peak_kv_blocks", ".1f")
     row("peak KV blocks, largest", "max_peak_kv_blocks", "d")
+    return table
+
+
+def _drafted(result: Result, key: str, title: str) -> Table:
+    """Modes with drafts beside those without, over some replies."""
+    part, modes = result[key], list(result["drafts"])
+    table = new_table(f"{title}, with drafts")
+    for name in ("", "plain", "fork", *(mode.replace("forked+", "fork +\n") for mode in modes)):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+
+    def row(name: str, key: str, form: str, *first: str) -> None:
+        table.add_row(name, *first, *(format(part[mode][key], form) for mode in modes))
+
+    for name, key, form in (
+        ("steps", "steps", ",d"),
+        ("tokens a step", "tokens_per_step", ".2f"),
+        ("seconds", "seconds", ".3f"),
+        ("ms a step after the first", "ms_per_decode_step", ".3f"),
+    ):
+        row(name, key, form, *(format(part[mode][key], form) for mode in ("plain", "forked")))
+    row("gain in time", "wall_gain", ".2f", "1.00", f"{part['wall_gain']:.2f}")
+    for name, key in (("draft tokens a draft", "tokens_per_draft"), ("tokens a branch and step", "acceptance_length")):
+        table.add_row(name, "", "", *(f"{result['drafts'][mode][key]:.2f}" for mode in modes))
     return table
 
 

@@ -21,6 +21,17 @@ def add_draft_options(parser: Parser) -> None:
         help="guess several tokens a step and verify them together, which keeps the answer: medusa asks the engine's "
         "Medusa heads, ngram looks in the prompt and in what the branches said (default: none)",
     )
+    add_draft_sizes(group)
+    group.add_argument(
+        "--acceptance",
+        choices=("exact", "typical"),
+        default="exact",
+        help="typical: branches that sample take drafts that the model finds typical, which changes the distribution",
+    )
+
+
+def add_draft_sizes(group: argparse._ArgumentGroup) -> None:
+    """How large drafts are."""
     group.add_argument(
         "--num-speculative-tokens",
         type=whole(1),
@@ -38,16 +49,10 @@ def add_draft_options(parser: Parser) -> None:
         metavar="N",
         help="draft tokens of a whole step (default: what the executor's steps bear without becoming slower)",
     )
-    group.add_argument(
-        "--acceptance",
-        choices=("exact", "typical"),
-        default="exact",
-        help="typical: branches that sample take drafts that the model finds typical, which changes the distribution",
-    )
 
 
-def draft_options(options: argparse.Namespace) -> DraftOptions:
-    """What the user asked for. Raises RequestError where it means nothing."""
+def draft_options(options: argparse.Namespace, method: str | None = None) -> DraftOptions:
+    """What the user asked for, or the same with another method. Raises RequestError where it means nothing."""
     from apar.export.errors import RequestError
     from apar.runtime.speculative.options import DEFAULT_WIDTHS, DraftOptions
 
@@ -58,9 +63,9 @@ def draft_options(options: argparse.Namespace) -> DraftOptions:
             raise RequestError(f"--medusa-widths is {options.medusa_widths!r}, it must be numbers such as 1,7,6")
         widths = tuple(int(part) for part in parts)
     return DraftOptions(
-        method=options.draft,
+        method=method or options.draft,
         num_speculative_tokens=options.num_speculative_tokens,
         medusa_widths=widths,
         draft_budget=options.draft_budget,
-        acceptance=options.acceptance,
+        acceptance=getattr(options, "acceptance", "exact"),
     )

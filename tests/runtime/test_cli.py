@@ -389,6 +389,11 @@ class TestBench:
             assert result["all"]["plain"]["steps"] == result["all"]["plain"]["tokens"]
             assert result["step"][-1]["rows"] == int(concurrency)
             assert result["bandwidth"]["weight_bytes_per_step"] == 4 * (109888 - 264 * 64)
+            assert list(result["drafts"]) == ["forked+ngram"], "the engine has no heads"
+            drafted = result["all"]["forked+ngram"]
+            assert drafted["tokens"] == result["all"]["forked"]["tokens"] == drafted["steps"] * drafted["step_gain"]
+            assert result["drafts"]["forked+ngram"]["acceptance_length"] >= 1
+            assert drafted["steps"] <= result["all"]["forked"]["steps"]
         table, _ = run(capsys, *arguments)
         assert "gain in time / in steps" in table and "% of bandwidth bound" in table
 

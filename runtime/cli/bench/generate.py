@@ -8,14 +8,15 @@ from typing import Any
 
 from apar.export.errors import RequestError
 from apar.runtime.cli.bench.progress import show_progress
+from apar.runtime.cli.draft_options import add_draft_sizes, draft_options
 from apar.runtime.cli.engine_options import add_engine_options, executor_options, find_engine, scheduler_limits
 from apar.runtime.cli.parser import Parser, whole
 
 DESCRIPTION = """\
-Answer prompts greedily without and with branches, alternating, and compare steps, tokens, time and KV blocks: over all
-replies and over those that forked. Medians over repeats; prefix caching is off. A model that may not fork says less, so
-gains compare the reply with branches to the same reply decoded plainly: a step a token, at the pace of a plain step
-measured in the same run. The time of a step is given for each
+Answer prompts greedily without and with branches, and both with drafts (docs/speculation.md), alternating, and compare
+steps, tokens, time and KV blocks: over all replies and over those that forked. Medians over repeats; prefix caching is
+off. A model that may not fork says less, so gains compare the reply with branches to the same reply decoded plainly: a
+step a token, at the pace of a plain step measured in the same run. The time of a step is given for each
 number of live rows, with the percentage of the memory bandwidth bound: the bytes of weights that every step reads,
 divided by the read bandwidth measured in the same run, on as many threads (each takes the maximum of its part of an
 array several times larger than the caches; the best pass counts). A model that fits the caches may exceed 100 %.
@@ -39,6 +40,13 @@ def add_options(parser: Parser) -> None:
     group.add_argument(
         "--max-branches", type=whole(1), default=32, metavar="N", help="live branches of a reply at most"
     )
+    group.add_argument(
+        "--drafts",
+        choices=("auto", "none", "ngram", "medusa"),
+        default="auto",
+        help="also run with drafts: Medusa heads where the engine has some and prompt lookup (auto), one, or none",
+    )
+    add_draft_sizes(group)
     group.add_argument("--max-depth", type=whole(1), default=2, metavar="N", help="deepest branch")
 
 
@@ -59,8 +67,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
     tokenizer = Tokenizer.load(directory)
     executor = load_executor(directory, options.executor, **executor_options(options))
+    methods = {"auto": ("medusa", "ngram"), "none": ()}.get(options.drafts, (options.drafts,))
+    if options.drafts == "auto" and executor.manifest.draft_heads is None:
+        methods = ("ngram",)
+    drafts = {method: draft_options(options, method) for method in methods}
     params = {name: getattr(options, name) for name in ("max_tokens", "max_branches", "max_depth")}
-    bench = GenerateBench(executor, tokenizer, params, options.threads, limits)
+    bench = GenerateBench(executor, tokenizer, params, options.threads, limits, drafts)
     try:
         named: list[Any] = [(entry.name or str(i), entry.prompt) for i, entry in enumerate(prompts)]
         return bench.run(named, options.repeat, options.concurrency, None if options.quiet else show_progress)
