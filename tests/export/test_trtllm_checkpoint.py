@@ -170,3 +170,46 @@ def test_numbers_beyond_float16_are_refused(tmp_path: Path) -> None:
     with pytest.raises(BuildError, match="beyond float16's range"):
         write_trtllm(tmp_path / "hf", tmp_path / "trtllm")
     assert not (tmp_path / "trtllm").exists()
+
+
+def test_without_tensorrt_llm_its_network_is_refused_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    from importlib import metadata
+
+    from apar.export import trtllm_network
+
+    with pytest.raises(BuildError, match="TensorRT-LLM is not installed"):
+        trtllm_network.load_tensorrt_llm()
+    for version in ("0.21.0", "1.3.0rc20", "2.0"):
+        monkeypatch.setattr(metadata, "version", lambda name, version=version: version)
+        with pytest.raises(BuildError, match=r"is in 1\.0 to 1\.2\.1 only"):
+            trtllm_network.load_tensorrt_llm()
+
+
+def test_fields_of_its_plugins_are_those_of_the_graph(tmp_path: Path) -> None:
+    import onnx
+
+    from apar.export.manifest import TensorRtEngine
+    from apar.export.tensorrt_graph import write_graph
+    from apar.export.trtllm_network import attention_fields, plan_fields
+
+    make_checkpoint(tmp_path / "hf", "gqa")
+    checkpoint = Checkpoint.open(tmp_path / "hf")
+    (tmp_path / "graph").mkdir()
+    settings = {"dtype": "float16", "block_size": 16, "kv_binding": "aliased", "engine_id": 9}
+    path = write_graph(checkpoint, tmp_path / "graph", **settings)  # type: ignore[arg-type]
+    facts = TensorRtEngine("", "", "", 4, 16, 8, 4, 8, 0.9, kv_binding="aliased", engine_id=9)
+    nodes = onnx.load(path, load_external_data=False).graph.node
+    seen = 0
+    for node in nodes:
+        if node.op_type not in ("ForkAttention", "ForkPlan"):
+            continue
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        attributes = {name: value for name, value in attributes.items() if not isinstance(value, bytes)}
+        fields = plan_fields(checkpoint.decoder, 16)
+        if node.op_type == "ForkAttention":
+            fields = attention_fields(checkpoint.decoder, facts, 16, attributes["layer"])
+        assert fields.arrays.keys() == attributes.keys()
+        for name, array in fields.arrays.items():
+            np.testing.assert_array_equal(array, np.atleast_1d(np.array(attributes[name], array.dtype)))
+        seen += 1
+    assert seen == 3

@@ -1,0 +1,69 @@
+"""`apar build --format ...`: what each format makes, and options that it does not have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from checkpoints import make_checkpoint
+
+from apar.export.manifest import Manifest
+from apar.runtime import cli
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    make_checkpoint(folder, "gqa", hidden_size=256)
+    return folder
+
+
+def test_a_tensorrt_llm_checkpoint_and_an_engine_from_it(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = tmp_path / "trtllm"
+    assert cli.main(["build", str(checkpoint), "-o", str(written), "--format", "trtllm", "--tp-size", "2"]) == 0
+    assert "trtllm-build --checkpoint_dir" in capsys.readouterr().err
+    engine = tmp_path / "engine"
+    assert cli.main(["build", str(written), "-o", str(engine), "--tokenizer", str(checkpoint), "-q"]) == 0
+    assert Manifest.load(engine).decoder.num_kv_heads == 2
+    assert cli.main(["build", str(written), "-o", str(tmp_path / "other"), "-q"]) == 1
+    assert "tokenizer" in capsys.readouterr().err
+
+
+def test_graphs_for_tensorrt(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "graphs"
+    options = ["--format", "tensorrt", "--graph-only", "--tp-size", "2", "--dtype", "bfloat16"]
+    assert cli.main(["build", str(checkpoint), "-o", str(target), *options]) == 0
+    assert sorted(path.name for path in target.glob("*.onnx")) == ["rank0.onnx", "rank1.onnx"]
+    assert "ONNX graphs for TensorRT" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "kind"),
+    [
+        (["--max-rows", "4"], "--max-rows", "onnx"),
+        (["--tp-size", "2"], "--tp-size", "onnx"),
+        (["--graph-only"], "--graph-only", "onnx"),
+        (["--format", "tensorrt", "--quantize", "int8"], "--quantize", "tensorrt"),
+        (["--format", "tensorrt", "--kv-dtype", "float16"], "--kv-dtype", "tensorrt"),
+        (["--format", "tensorrt", "--draft-heads", "none"], "--draft-heads", "tensorrt"),
+        (["--format", "trtllm", "--max-context", "9"], "--max-context", "trtllm"),
+        (["--format", "trtllm", "--zero-points"], "--zero-points", "trtllm"),
+        (["--format", "trtllm", "--overwrite"], "--overwrite", "trtllm"),
+    ],
+)
+def test_options_of_other_formats_are_refused(
+    options: list[str], name: str, kind: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["build", str(checkpoint), "-o", str(tmp_path / "x"), *options]) == 2
+    assert f"{name} is not for --format {kind}" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_without_tensorrt_a_build_says_what_to_do(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["build", str(checkpoint), "-o", str(tmp_path / "x"), "--format", "tensorrt", "-q"]) == 1
+    assert "TensorRT's Python package cannot be used here" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
