@@ -86,7 +86,8 @@ def inspect(source: str) -> dict[str, Any]:
         "tokens": named | {"eos": [{"id": i, "text": strings.get(i)} for i in tokens.eos]},
         "files": files,
         "bytes": sum(files.values()),
-        "runs_here": _runs_here(manifest),
+        "tensorrt": None if manifest.tensorrt is None else dataclasses.asdict(manifest.tensorrt),
+        "runs_here": _runs_here(manifest) if manifest.tensorrt is None else _tensorrt_here(directory, manifest),
     }
 
 
@@ -157,6 +158,26 @@ def _runs_here(manifest: Manifest) -> dict[str, Any]:
     }
 
 
+def _tensorrt_here(directory: Path, manifest: Manifest) -> dict[str, Any]:
+    """Whether a TensorRT engine can run here, as `apar doctor` finds it."""
+    from apar.runtime.bench.machine import cpu_model
+    from apar.runtime.doctor import examine, healthy
+
+    facts = manifest.tensorrt
+    assert facts is not None
+    findings = examine(directory)
+    missing = [f"{finding.name}: {finding.text}" for finding in findings if finding.needed and not finding.ok]
+    return {
+        "executor": "tensorrt" if healthy(findings) else None,
+        "reason": "; ".join(missing) or "all that the engine needs is here",
+        "cpu": cpu_model(),
+        "kv_dtype": manifest.kv_dtype,
+        "num_blocks": facts.max_blocks,
+        "pool_bytes": facts.max_blocks * manifest.block_size * manifest.decoder.kv_bytes_per_token(manifest.kv_dtype),
+        "other_executors": [],
+    }
+
+
 def _print_table(facts: dict[str, Any]) -> None:
     from rich import box
     from rich.console import Console
@@ -181,7 +202,12 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     if facts["quantize"] != "none":
         weights = quantized_text(facts)
     extra = [n.replace("_", " ") for n in ("attention_bias", "mlp_bias", "tie_word_embeddings") if model[n]]
-    graph = here["graph"] + (f" graph, {here['isa']} kernels" if here["isa"] else " graph")
+    compiled = facts["tensorrt"]
+    if compiled is None:
+        graph = here["graph"] + (f" graph, {here['isa']} kernels" if here["isa"] else " graph")
+        runs = f"{here['executor']} executor, {graph}, {here['threads']} threads"
+    else:
+        runs = "tensorrt executor" if here["executor"] else "no"
     lines = [
         ("directory", facts["directory"]),
         ("kind", kind),
@@ -205,16 +231,25 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("begin, end", ", ".join(_token(t) for t in [*([tokens["bos"]] if "bos" in tokens else []), *tokens["eos"]])),
         ("size", human_bytes(facts["bytes"])),
         ("files", "\n".join(f"{human_bytes(size):>7}  {name}" for name, size in facts["files"].items())),
-        ("runs here", f"{here['executor']} executor, {graph}, {here['threads']} threads"),
+        *([("compiled for", _compiled_text(compiled))] if compiled else []),
+        ("runs here", runs),
         ("because", here["reason"]),
         ("processor", here["cpu"]),
         (
             "KV pool",
-            f"{here['num_blocks']:,} blocks by default, up to {human_bytes(here['pool_bytes'])} ({here['kv_dtype']})",
+            f"{here['num_blocks']:,} blocks {'at most' if compiled else 'by default'}, up to {human_bytes(here['pool_bytes'])} ({here['kv_dtype']})",
         ),
-        ("other executors", ", ".join(here["other_executors"]) or "none (torch is not installed)"),
     ]
+    if compiled is None:
+        lines.append(("other executors", ", ".join(here["other_executors"]) or "none (torch is not installed)"))
     return lines
+
+
+def _compiled_text(facts: dict[str, Any]) -> str:
+    return (
+        f"TensorRT {facts['version']} on {facts['device']} (compute capability {facts['compute_capability']}), "
+        f"{facts['max_rows']} rows, {facts['max_tokens']} tokens a step, {facts['tp_size']} GPUs"
+    )
 
 
 def _heads_text(heads: dict[str, Any]) -> str:

@@ -92,6 +92,21 @@ def test_a_machine_that_has_everything(
     assert {entry["name"] for entry in json.loads(capsys.readouterr().out)} == set(findings)
 
 
+def test_inspect_says_whether_a_compiled_engine_runs_here(
+    gpu_box: tensorrt_double.Double, engine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["inspect", str(engine)]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "tensorrt executor" in out
+    assert "TensorRT 10.14.1.48 on Fake GPU" in out
+    monkeypatch.setenv("FAKE_CUDA_CAPABILITY", "80")
+    assert cli.main(["inspect", str(engine), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["runs_here"]["executor"] is None
+    assert "the GPU here has 8.0" in facts["runs_here"]["reason"]
+    assert facts["tensorrt"]["max_rows"] == 8
+
+
 @pytest.mark.parametrize(
     ("capability", "version", "name", "message"),
     [
