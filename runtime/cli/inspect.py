@@ -237,7 +237,8 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("processor", here["cpu"]),
         (
             "KV pool",
-            f"{here['num_blocks']:,} blocks {'at most' if compiled else 'by default'}, up to {human_bytes(here['pool_bytes'])} ({here['kv_dtype']})",
+            f"{here['num_blocks']:,} blocks {'at most' if compiled else 'by default'}, "
+            f"up to {human_bytes(here['pool_bytes'])} ({here['kv_dtype']})",
         ),
     ]
     if compiled is None:
