@@ -17,6 +17,7 @@ KINDS = {
     "quality": "what quantisation costs: distributions, trees and answers against the float32 engine",
     "serve": "a service under load: throughput, time to first token, its own cost beside the runtime's",
     "replay": "scheduling under load: recorded answers on a virtual clock, without any model",
+    "report": "one page with charts, made of what the others printed",
 }
 """Name and summary. The module of the same name has `DESCRIPTION`, `add_options(parser)`, `measure(options)`, which
 returns what `--json` prints, and `show(result)`."""
