@@ -79,7 +79,12 @@ def lines(series: Series, title: str, across: str, up: str, *, log_across: bool 
         figure, axes = _figure(3.0)
         for i, (name, points) in enumerate(series.items()):
             marker = "o" if len(points) <= 16 else ""
-            style = {"color": COLOURS[i % len(COLOURS)], "linewidth": 1.8, "marker": marker, "markersize": 4}
+            style: dict[str, Any] = {
+                "color": COLOURS[i % len(COLOURS)],
+                "linewidth": 1.8,
+                "marker": marker,
+                "markersize": 4,
+            }
             axes.plot([x for x, _ in points], [y for _, y in points], label=name, **style)
         if log_across:
             axes.set_xscale("log", base=2)

@@ -75,7 +75,8 @@ def _segment_lengths(branch: BranchOutput) -> list[int]:
     """Text tokens before each fork and after the last; forks share out what the branch wrote by its text's lengths."""
     own = len(branch.token_ids) - len(branch.children)
     sizes = [len(segment) for segment in branch.segments]
-    total, lengths, seen = max(sum(sizes), 1), [], 0
+    total, seen = max(sum(sizes), 1), 0
+    lengths: list[int] = []
     for size in sizes[:-1]:
         seen += size
         lengths.append(max(own * seen // total - sum(lengths), 0))

@@ -262,7 +262,7 @@ def to_markdown(sections: Sequence[Section]) -> str:
 
 def to_html(sections: Sequence[Section]) -> str:
     """One page that needs nothing else."""
-    body = []
+    body: list[str] = []
     for part in sections:
         header, *rows = ([html.escape(cell) for cell in row] for row in part.table)
         table = "<tr>" + "".join(f"<th>{cell}</th>" for cell in header) + "</tr>"
