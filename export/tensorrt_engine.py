@@ -42,6 +42,8 @@ LOG_NAME = "build.log"
 KERNELS_NAME = "apar_gpu.table"
 _SPARE_BYTES = 64 << 20
 _MAX_SLOTS = 2**31 - 1
+_MAX_ELEMENTS = 2**31 - 1
+"""Of one tensor: what all of TensorRT's arithmetic on dimensions is sure to bear."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +192,7 @@ def _compile(
             device=device.name,
             max_rows=options.max_rows,
             max_tokens=options.max_tokens,
-            max_blocks=_max_blocks(device.total_memory - weight_bytes, options, block_bytes),
+            max_blocks=_max_blocks(device.total_memory - weight_bytes, options, block_bytes, manifest),
             table_width=-(-manifest.decoder.max_context // manifest.block_size),
             max_copies=options.max_rows * manifest.block_size + options.max_tokens,
             kv_fraction=options.kv_fraction,
@@ -221,14 +223,17 @@ def _compile(
         device.close()
 
 
-def _max_blocks(memory: int, options: TensorRtOptions, block_bytes: int) -> int:
+def _max_blocks(memory: int, options: TensorRtOptions, block_bytes: int, manifest: Manifest) -> int:
     blocks = int(options.kv_fraction * memory) // block_bytes
     if blocks < 1:
         raise BuildError(
             f"after the weights, {options.kv_fraction:.0%} of the GPU's memory holds no block of {block_bytes} bytes; "
             "use a larger GPU, or more ranks (--tp-size)"
         )
-    return min(blocks, _MAX_SLOTS // options.block_size)
+    decoder = manifest.decoder
+    elements = 2 * max(1, decoder.num_kv_heads // options.tp_size) * options.block_size * decoder.head_dim
+    most = _MAX_SLOTS if options.kv_binding == "bound" else _MAX_ELEMENTS // elements * options.block_size
+    return min(blocks, most // options.block_size)
 
 
 def _pack_kernels(manifest: Manifest, facts: TensorRtEngine, path: Path) -> None:

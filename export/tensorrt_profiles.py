@@ -14,6 +14,8 @@ from apar.export.manifest import TensorRtEngine
 DECODE, MIXED = 0, 1
 NO_COPIES = 2
 """Rows at the beginning of slot_copies that are no copies."""
+_USUAL_BLOCKS = 64
+"""The builder makes pools of this size where it times something; nothing depends on how many blocks there are."""
 Range = tuple[int, int, int]
 """min, opt, max"""
 
@@ -35,7 +37,7 @@ def ranges(engine: TensorRtEngine, profile: int) -> dict[str, Range]:
         "M": (1, 1, tokens),
         "W": (1, 1, mask_words(engine)),
         "L": (1, usual_rows, tokens),
-        "B": (1, engine.max_blocks, engine.max_blocks),
+        "B": (1, min(_USUAL_BLOCKS, engine.max_blocks), engine.max_blocks),
     }
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-INTERPRETED = ("check_plan", "check_attention", "check_ids", "check_dense", "check_executor")
+INTERPRETED = ("check_plan", "check_attention", "check_ids", "check_dense", "check_executor", "check_padding")
 COMPILED = ("check_compiled",)
 
 
