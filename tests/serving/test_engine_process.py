@@ -268,6 +268,28 @@ def test_a_slow_reader_gets_fewer_and_longer_messages(tiny_engine: Path) -> None
     text.close()
 
 
+def test_the_last_message_comes_once(tiny_engine: Path) -> None:
+    """Also where the writer meets the end of an answer before it is told of it."""
+    text = load_text_engine(tiny_engine, num_blocks=16)
+    here, there = socket.socketpair()
+    connection = Connection(here, lambda *_: None, lambda *_: None)
+    answer = text.submit(text.encode("Hello?"), SamplingParams(max_tokens=2))
+    while not text.idle:
+        text.step()
+    for ends in ("output", "error"):
+        flight = Flight(
+            1, connection, parse_request({"text": "Hello?", "stream": True, "params": {}}, text), text.tokenizer
+        )
+        flight.add([], answer.output() if ends == "output" else None)
+        if ends == "error":
+            flight.fail(("internal", "x"))
+        assert flight.message() is not None
+        assert flight.message() is None
+    here.close()
+    there.close()
+    text.close()
+
+
 def test_a_loop_that_dies_tells_everyone(tiny_engine: Path) -> None:
     from apar.runtime.engine_loop import EngineLoop
 

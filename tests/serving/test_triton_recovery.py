@@ -165,9 +165,13 @@ def test_load_unload_and_load_again(explicit: TritonService, reference: LLM) -> 
     (wanted,) = reference.generate([QUESTION], SamplingParams(max_tokens=60))
     question = {"text_input": QUESTION, "max_tokens": 60}
     assert explicit.generate(question, "ensemble")["text_output"] == wanted.text
-    assert control_model(explicit, "apar", "load")["status"] == 200  # nothing changed: the engine stays
+    (explicit.folder / "models" / "apar" / "1" / "model.py").touch()
+    assert control_model(explicit, "apar", "load")["status"] == 200  # a new instance of the model keeps the engine
     assert explicit.generate(question)["text_output"] == wanted.text
     assert explicit.engine_pid() == engine
+    tokens = explicit.await_idle()["apar:generation_tokens_total"]
+    explicit.generate(question)
+    explicit.await_metrics(engine_ready=1, generation_tokens_total=tokens + wanted.usage.completion_tokens)
     with Stream(explicit) as stream:  # what is in flight when the model is unloaded is finished
         inputs = {"text_input": [[QUESTION]], "max_tokens": np.array([[60]], np.int32), "stream": [[True]]}
         stream.send(inputs)

@@ -47,6 +47,7 @@ class Flight:
         self.error: Error | None = None
         """How the request ended, if it ended badly."""
         self._first = True
+        self._complete = False
 
     @property
     def listens(self) -> bool:
@@ -74,8 +75,11 @@ class Flight:
         self.error = error
 
     def message(self) -> Message | None:
-        """What is to be sent now; None if it says nothing yet."""
+        """What is to be sent now; None if it says nothing yet, or has said its last."""
+        if self._complete:  # it was put together while the answer's end was being announced
+            return None
         if self.error is not None:
+            self._complete = True
             return {"id": self.number, "error": self.error}
         output = self._output  # read first: with it, every event is there
         count = len(self._events)
@@ -83,6 +87,7 @@ class Flight:
         del self._events[:count]
         message = self._content(events, output)
         if output is not None:
+            self._complete = True
             message["final"] = self._final(output)
         elif not message:
             return None

@@ -204,7 +204,7 @@ class EngineProcess:
         """Send numbers to the owners, unless the last ones are still to come."""
 
         def report() -> None:
-            numbers = self._service.snapshot()
+            numbers = self._service.numbers()
             self._reporting = False
             owners[-1].send({"op": "metrics", **numbers})
 

@@ -49,6 +49,8 @@ class Service:
         """By the engine's request id."""
         self._errors: dict[str, int] = {}
         """Requests that ended with an error, by code."""
+        self._reported: dict[str, int] = {}
+        """Totals of the counters when they were reported last."""
         self._numbers = count()
         self._connections: dict[Connection, None] = {}
         self._lock = threading.Lock()
@@ -209,13 +211,15 @@ class Service:
             self._fail(flight, (FAILED, "the engine ended while it worked on this request; send it again"))
         self._on_stop(reason)
 
-    def snapshot(self) -> dict[str, Any]:
-        """Numbers for a model's metrics; in the engine's thread."""
-        numbers = self._text.metrics.snapshot(self._text.engine)
+    def numbers(self) -> dict[str, Any]:
+        """For a model's metrics: gauges, and what was counted and observed since the last call; in the engine's thread.
+
+        Increments, because the model that is told may have been loaded after the engine.
+        """
+        snapshot = self._text.metrics.snapshot(self._text.engine)
         with self._lock:
             errors = {f'request_errors_total{{code="{code}"}}': number for code, number in self._errors.items()}
-        return {
-            "gauges": numbers.gauges,
-            "counters": numbers.counters | errors,
-            "observations": numbers.observations,
-        }
+        totals = snapshot.counters | errors
+        increments = {name: total - self._reported.get(name, 0) for name, total in totals.items()}
+        self._reported = totals
+        return {"gauges": snapshot.gauges, "counters": increments, "observations": snapshot.observations}

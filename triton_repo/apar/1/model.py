@@ -33,14 +33,15 @@ class TritonPythonModel:
         self._metrics: EngineMetrics | None = None
         try:
             self._settings = ModelSettings(name, parameters)
-            if self._settings.owner:
-                self._metrics = EngineMetrics(name)
-                self._metrics.level("engine_ready", 0)
-                self._metrics.count("engine_restarts_total", 0)
             self._link = EngineLink(name, self._settings, self._on_numbers, self._on_change)
             self._link.open()
-        except (ParameterError, LinkError) as error:
+        except (ParameterError, LinkError, OSError) as error:
             raise pb_utils.TritonModelException(f"model {name}: {error}") from None
+        if self._settings.owner:  # not earlier: what a model that fails to load has registered stays for ever
+            metrics = EngineMetrics(name)
+            metrics.level("engine_ready", 1)
+            metrics.count("engine_restarts_total", 0)
+            self._metrics = metrics
         log(f"{name}: ready, {self._link.facts.get('detail', '')}")
 
     def execute(self, requests: list[Any]) -> None:
@@ -81,7 +82,6 @@ class TritonPythonModel:
     def _on_change(self, up: bool) -> None:
         if self._metrics is not None:
             if up:
-                self._metrics.restart()
                 self._metrics.count("engine_restarts_total")
             self._metrics.level("engine_ready", int(up))
 

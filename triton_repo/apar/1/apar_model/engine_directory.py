@@ -33,7 +33,9 @@ class EngineDirectory:
         pid = os.getppid()
         self.server = {"pid": pid, "started": _start(pid)}
         self._root = os.path.join(tempfile.gettempdir(), f"apar-{os.getuid()}")
-        self.path = os.path.join(self._root, f"{pid}-{self.server['started']}", model)
+        # Containers may share the folder for temporary files, but not the numbers of processes.
+        self._space = os.stat("/proc/self/ns/pid").st_ino
+        self.path = os.path.join(self._root, f"{self._space}-{pid}-{self.server['started']}", model)
         self.lock = os.path.join(self.path, "lock")
         self.failure = os.path.join(self.path, "failure")
         self.settings = os.path.join(self.path, "settings.json")
@@ -45,11 +47,22 @@ class EngineDirectory:
         if facts.st_uid != os.getuid() or facts.st_mode & 0o077 or os.path.islink(self._root):
             raise LinkError(f"{self._root} must be a directory of this user that nobody else may enter; remove it")
         for name in os.listdir(self._root):
-            if not _runs(name):
+            if not self._in_use(name):
                 shutil.rmtree(os.path.join(self._root, name), ignore_errors=True)
         os.makedirs(self.path, mode=0o700, exist_ok=True)
         if os.path.exists(self.failure):
             os.remove(self.failure)
+
+    def _in_use(self, name: str) -> bool:
+        """Whether the server that a directory is named after still runs, as far as can be seen from here."""
+        space, _, server = name.partition("-")
+        pid, _, started = server.partition("-")
+        if space != str(self._space):
+            return True
+        try:
+            return _start(int(pid)) == started
+        except (OSError, ValueError):
+            return False
 
     def connect(self, sock: socket.socket) -> None:
         """Connect to the engine. Raises OSError if none listens."""
@@ -78,12 +91,3 @@ def _start(pid: int) -> str:
     """When a process began, in clock ticks after boot."""
     with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
         return file.read().rpartition(")")[2].split()[19]
-
-
-def _runs(name: str) -> bool:
-    """Whether the server that a directory is named after still runs."""
-    pid, _, started = name.partition("-")
-    try:
-        return _start(int(pid)) == started
-    except (OSError, ValueError):
-        return False

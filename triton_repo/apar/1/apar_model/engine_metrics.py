@@ -52,16 +52,14 @@ class EngineMetrics:
         self._labels = {"model": model}
         self._families: dict[str, Any] = {}
         self._metrics: dict[str, Any] = {}
-        self._totals: dict[str, float] = {}
         self._levels: dict[str, float] = {}
 
     def update(self, numbers: dict[str, Any]) -> None:
-        """Numbers as the engine sent them: gauges, counters since it was loaded, observations since the last time."""
+        """Numbers as the engine sent them: gauges, and what was counted and observed since the last time."""
         for name, value in numbers["gauges"].items():
             self.level(name, value)
-        for name, total in numbers["counters"].items():
-            self.count(name, total - self._totals.get(name, 0))
-            self._totals[name] = total
+        for name, more in numbers["counters"].items():
+            self.count(name, more)
         if not hasattr(pb_utils.MetricFamily, "HISTOGRAM"):  # an older server
             return
         for name, values in numbers["observations"].items():
@@ -76,12 +74,8 @@ class EngineMetrics:
 
     def count(self, name: str, more: float = 1) -> None:
         """Increase a counter."""
-        if more > 0 or name not in self._metrics:
-            self._metric(name, "COUNTER").increment(max(more, 0))
-
-    def restart(self) -> None:
-        """The next numbers come from a new engine, which counts from zero."""
-        self._totals.clear()
+        if more or name not in self._metrics:
+            self._metric(name, "COUNTER").increment(more)
 
     def _metric(self, name: str, kind: str) -> Any:
         metric = self._metrics.get(name)

@@ -45,7 +45,11 @@ class EngineStarter:
         with open(self._directory.settings, "w", encoding="utf-8") as file:
             json.dump({"settings": self._settings, "server": self._directory.server}, file)
         command = [python, "-m", "apar.runtime.serving.engine", self._directory.path]
-        child = self._child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+        # The folder that the server runs in, such as a model repository, is not where the engine finds its modules.
+        environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+        child = self._child = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=environment
+        )
         line = self._status_line(child)
         try:
             status = json.loads(line)
