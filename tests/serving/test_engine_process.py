@@ -174,7 +174,7 @@ def test_nonsense_ends_only_its_own_connection(process: Process, data: bytes) ->
     owner.send({"op": "generate", "id": 2})
     assert owner.take() == {
         "id": 2,
-        "error": ["invalid_request", "there is no prompt; give text_input or messages"],
+        "error": ["invalid_request", "there is no prompt; give text_input, messages or input_ids"],
     }
     owner.send({"op": "generate", "id": 3, "text": QUESTION, "params": 5, "priority": "high"})
     assert owner.take()["error"][0] == "internal"
