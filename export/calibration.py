@@ -80,7 +80,7 @@ class CalibrationPass:
         self._parts = [slice(end - sample.ids.size, end) for end, sample in zip(ends, samples, strict=True)]
         self._ids = np.concatenate([sample.ids for sample in samples])
         self._cos, self._sin = _rotation(self._config, np.concatenate([sample.positions for sample in samples]))
-        plan = weight_plan(self._config, quantized=True)
+        plan = weight_plan(self._config, packed=True)
         self._matrices = {weight.name: weight for weight in plan if weight.kind is Kind.LINEAR}
 
     def layers(self) -> Iterator[tuple[str, QuantizedRows]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -115,6 +115,28 @@ class Linear(Protocol):
         """
 
 
+@runtime_checkable
+class FusedLinear(Linear, Protocol):
+    """A projection that can take what stands around it into its own node."""
+
+    def emit_fused(
+        self,
+        graph: Graph,
+        value: str,
+        weight: str,
+        bias: str | None,
+        output: str,
+        *,
+        norm: str | None = None,
+        gated: bool = False,
+        residual: str | None = None,
+    ) -> str:
+        """Append the projection of `value`, of its RMSNorm by the weight `norm`, or of its gate, plus `residual`.
+
+        Gated, value is [T, 2 * in], and the projection is that of silu(its first half) * its second half.
+        """
+
+
 class Norm(Protocol):
     """How RMSNorm is expressed."""
 
@@ -152,12 +174,16 @@ def build_decoder(
     embedded = graph.node("Gather", [graph.plain("embed.weight"), "input_ids"], "embed.rows")
     hidden = graph.node("Cast", [embedded], "embed.hidden", to=TensorProto.FLOAT)
     attention.prepare(graph)
+    block = _Projections(graph, linear, norm)
     for layer in range(config.num_layers):
-        hidden = _layer(graph, layer, hidden, attention, linear, norm)
+        hidden = _layer(block, layer, hidden, attention)
     wanted = graph.node("Gather", [hidden, "logits_rows"], "wanted.hidden")
-    normed = norm.emit(graph, wanted, graph.plain("norm.weight"), "hidden" if hidden_output else "norm")
-    head = "lm_head.weight" if "lm_head.weight" in weights else "embed.weight"
-    graph.cast(linear.emit(graph, normed, head, None, "logits"), TensorProto.FLOAT, "logits")
+    head = "lm_head" if "lm_head.weight" in weights else "embed"
+    if hidden_output:
+        normed = norm.emit(graph, wanted, graph.plain("norm.weight"), "hidden")
+        block.project(head, normed, "logits")
+    else:
+        block.project(head, wanted, "logits", norm="norm")
     inputs = [tensor("input_ids", TensorProto.INT32, "T"), *attention.inputs(config)]
     inputs.append(tensor("logits_rows", TensorProto.INT32, "L"))
     outputs = [tensor("logits", TensorProto.FLOAT, "L", config.vocab_size), *attention.outputs(config)]
@@ -173,30 +199,64 @@ def build_decoder(
     )
 
 
-def _layer(graph: Graph, layer: int, hidden: str, attention: Attention, linear: Linear, norm: Norm) -> str:
-    config, name = graph.config, f"layers.{layer}"
+def _layer(block: _Projections, layer: int, hidden: str, attention: Attention) -> str:
+    config, name = block.graph.config, f"layers.{layer}"
+    biased, mlp_biased = config.attention_bias, config.mlp_bias
+    qkv = block.project(f"{name}.qkv", hidden, bias=biased, norm=f"{name}.input_norm", narrow=True)
+    attended = attention.emit(block.graph, layer, qkv)
+    hidden = block.project(f"{name}.o", attended, f"{name}.attended", bias=biased, residual=hidden)
+    gate_up = block.project(f"{name}.gate_up", hidden, bias=mlp_biased, norm=f"{name}.post_norm")
+    return block.project(f"{name}.down", gate_up, f"{name}.hidden", bias=mlp_biased, gate=name, residual=hidden)
 
-    def project(part: str, value: str, bias: bool) -> str:
-        return linear.emit(
-            graph, value, f"{name}.{part}.weight", f"{name}.{part}.bias" if bias else None, f"{name}.{part}"
-        )
 
-    def wide(value: str) -> str:
-        return graph.cast(value, TensorProto.FLOAT, f"{value}.float32")
+@dataclass(frozen=True, slots=True)
+class _Projections:
+    """Projections with what stands around them: in their own nodes where the emitter can, else in nodes before and
+    after."""
 
-    def normed(value: str, part: str) -> str:
-        return norm.emit(graph, value, graph.plain(f"{name}.{part}.weight"), f"{name}.{part}")
+    graph: Graph
+    linear: Linear
+    norm: Norm
 
-    qkv = project("qkv", normed(hidden, "input_norm"), config.attention_bias)
-    attended = wide(project("o", attention.emit(graph, layer, qkv), config.attention_bias))
-    hidden = graph.node("Add", [hidden, attended], f"{name}.attended")
-    gate_up = wide(project("gate_up", normed(hidden, "post_norm"), config.mlp_bias))
-    ffn = config.intermediate_size
-    gate, up = graph.split(gate_up, (ffn, ffn), (f"{name}.gate", f"{name}.up"), axis=1)
-    sigmoid = graph.node("Sigmoid", [gate], f"{name}.sigmoid")
-    swish = graph.node("Mul", [gate, sigmoid], f"{name}.swish")
-    down = wide(project("down", graph.node("Mul", [swish, up], f"{name}.gated"), config.mlp_bias))
-    return graph.node("Add", [hidden, down], f"{name}.hidden")
+    def project(
+        self,
+        name: str,
+        value: str,
+        output: str | None = None,
+        *,
+        bias: bool = False,
+        norm: str | None = None,
+        gate: str | None = None,
+        residual: str | None = None,
+        narrow: bool = False,
+    ) -> str:
+        """Append the projection `name` of `value` to `output`, float32 unless `narrow`.
+
+        `norm`: of value's norm, by the weight of that name. `gate`: of its gate; the name of the layer.
+        """
+        graph, output = self.graph, output or name
+        weight, biases = f"{name}.weight", f"{name}.bias" if bias else None
+        if isinstance(self.linear, FusedLinear):
+            scale = f"{norm}.weight" if norm else None
+            return self.linear.emit_fused(
+                graph, value, weight, biases, output, norm=scale, gated=gate is not None, residual=residual
+            )
+        if norm:
+            value = self.norm.emit(graph, value, graph.plain(f"{norm}.weight"), norm)
+        if gate:
+            value = self._gate(value, gate)
+        result = self.linear.emit(graph, value, weight, biases, name if residual else output)
+        if narrow:
+            return result
+        wide = graph.cast(result, TensorProto.FLOAT, output if output == "logits" else f"{result}.float32")
+        return graph.node("Add", [residual, wide], output) if residual else wide
+
+    def _gate(self, gate_up: str, layer: str) -> str:
+        graph, ffn = self.graph, self.graph.config.intermediate_size
+        gate, up = graph.split(gate_up, (ffn, ffn), (f"{layer}.gate", f"{layer}.up"), axis=1)
+        sigmoid = graph.node("Sigmoid", [gate], f"{layer}.sigmoid")
+        swish = graph.node("Mul", [gate, sigmoid], f"{layer}.swish")
+        return graph.node("Mul", [swish, up], f"{layer}.gated")
 
 
 def tensor(name: str, kind: int, *shape: int | str) -> onnx.ValueInfoProto:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import onnx
 
 from apar.export.errors import EngineError
+from apar.export.linear_packing import unpack_groups, unpack_matrix
 from apar.export.manifest import GRAPH_NAME, HEADS_GRAPH_NAME, Manifest
 from apar.export.quantize import QuantizedRows, unpack
 from apar.export.tensor_files import FLOAT_TYPES, to_float32
@@ -31,29 +32,35 @@ class _Region:
 
 
 @dataclass(frozen=True, slots=True)
-class _Grouped:
+class _Packed:
+    """A matrix in the layout of linear_packing.py."""
+
     packed: _Region
-    scales: _Region
+    scales: _Region | None
     zeros: _Region | None
     bits: int
+    out: int
     columns: int
 
     def values(self) -> npt.NDArray[np.float32]:
-        packed, groups = self.packed.map(), self.scales.shape[1]
-        codes = unpack(packed, self.bits, packed.shape[2] * 8 // self.bits)
-        zeros = None if self.zeros is None else unpack(self.zeros.map(), self.bits, groups)
-        return QuantizedRows(codes, self.scales.map(), zeros, self.bits, self.columns).values()
+        rows = unpack_matrix(self.packed.map(), self.out, self.columns, self.bits)
+        if self.scales is None:
+            return to_float32(rows)
+        scales = to_float32(unpack_groups(self.scales.map(), self.out))
+        codes = unpack(rows, self.bits, rows.shape[1] * 8 // self.bits).reshape(*scales.shape, -1)
+        zeros = None if self.zeros is None else unpack_groups(self.zeros.map(), self.out)
+        return QuantizedRows(codes, scales, zeros, self.bits, self.columns).values()
 
 
 class EngineWeights(Mapping[str, npt.NDArray[np.float32]]):
     """Canonical name -> float32 array, matrices as [out, in]; read when asked for, nothing is kept."""
 
-    def __init__(self, entries: Mapping[str, _Region | _Grouped]) -> None:
+    def __init__(self, entries: Mapping[str, _Region | _Packed]) -> None:
         self._entries = entries
 
     def __getitem__(self, name: str) -> npt.NDArray[np.float32]:
         entry = self._entries[name]
-        if isinstance(entry, _Grouped):
+        if isinstance(entry, _Packed):
             return entry.values()
         return to_float32(entry.map())
 
@@ -71,14 +78,14 @@ def read_weights(engine_dir: Path) -> EngineWeights:
     `qkv.weight` [(H + 2K) * D, hidden], `o.weight`, `post_norm.weight`, `gate_up.weight` [2 * ffn, hidden],
     `down.weight`, and `.bias` of the projections where the model has them; `norm.weight`;
     `lm_head.weight` [vocab, hidden] (also where it is tied); of Medusa heads `heads.{i}.blocks.{j}.weight` and `.bias`,
-    and `heads.{i}.lm_head.weight` where they have their own. Float32 storage is memory-mapped (read-only),
-    other storage is converted or dequantised at each access, so take each weight once.
+    and `heads.{i}.lm_head.weight` where they have their own. Matrices are unpacked, converted and dequantised at each
+    access, so take each weight once.
 
     Raises EngineError if the directory is no engine.
     """
     engine_dir = Path(engine_dir)
     manifest = Manifest.load(engine_dir)
-    entries: dict[str, _Region | _Grouped] = {}
+    entries: dict[str, _Region | _Packed] = {}
     name = GRAPH_NAME
     try:
         for name in (GRAPH_NAME, HEADS_GRAPH_NAME) if manifest.draft_heads else (GRAPH_NAME,):
@@ -87,28 +94,28 @@ def read_weights(engine_dir: Path) -> EngineWeights:
         raise
     except Exception as error:  # protobuf's decoding errors share no base worth naming
         raise EngineError(f"{engine_dir / name} cannot be read ({error}); build the engine again") from error
-    if manifest.decoder.tie_word_embeddings:
-        entries.setdefault("lm_head.weight", entries["embed.weight"])
     return EngineWeights(entries)
 
 
-def _entries(engine_dir: Path, graph: onnx.GraphProto) -> dict[str, _Region | _Grouped]:
+def _entries(engine_dir: Path, graph: onnx.GraphProto) -> dict[str, _Region | _Packed]:
     """Where the weights of one graph lie."""
     regions = {tensor.name: _region(engine_dir, tensor) for tensor in graph.initializer if tensor.external_data}
-    entries: dict[str, _Region | _Grouped] = {}
+    entries: dict[str, _Region | _Packed] = {}
     used = set()
     for node in graph.node:
-        if node.op_type == "MatMulNBits":
-            attributes = {a.name: a.i for a in node.attribute}
-            packed, scales, zeros = (*node.input[1:4], "")[:3]
-            used |= {packed, scales, zeros}
-            entries[packed.removesuffix(".packed")] = _Grouped(
-                regions[packed],
-                regions[scales],
-                regions[zeros] if zeros else None,
-                attributes["bits"],
-                attributes["K"],
-            )
+        if node.op_type != "Linear":
+            continue
+        attributes = {a.name: a.i for a in node.attribute}
+        packed, scales, zeros = (*node.input[1:4], "", "")[:3]
+        used |= {packed, scales, zeros}
+        entries[packed.removesuffix(".packed")] = _Packed(
+            regions[packed],
+            regions[scales] if scales else None,
+            regions[zeros] if zeros else None,
+            attributes["bits"],
+            attributes["out_features"],
+            attributes["in_features"],
+        )
     return entries | {name: region for name, region in regions.items() if name not in used}
 
 

@@ -6,9 +6,10 @@
     4-bit codes        uint8 [tiles, K' / 8, 16, 4], the even channel of a byte in its low half
     scales, zeros      [tiles, groups, 16]
 
-K' is K rounded up, to whole groups where there are any; the last tile is filled up with zeros. A step then reads one
-unbroken stream, and a vector of the processor holds neighbouring output channels of one input. The layout only
-moves bytes, so that standard operators can undo it (portable_linear.py). plugins/linear.h is the contract.
+K' is K rounded up: to whole groups where there are any, for 8-bit codes without groups to a multiple of 32. The last
+tile is filled up with zeros. A step then reads one unbroken stream, and a vector of the processor holds neighbouring
+output channels of one input. The layout only moves bytes, so that standard operators can undo it (linear.py).
+plugins/linear.h is the contract.
 """
 
 from __future__ import annotations
@@ -21,10 +22,17 @@ import numpy.typing as npt
 
 TILE = 16
 """Output channels of a tile."""
+CHANNEL_MULTIPLE = 32
+"""To which input channels of 8-bit codes without groups are rounded up."""
 _WORD_BYTES = 4
 """What lies together of one output channel, except for float16 and float32: four bytes."""
 
 Array = npt.NDArray[Any]
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The next multiple from `value` on."""
+    return -(-value // multiple) * multiple
 
 
 def together(element: np.dtype[Any], bits: int = 0) -> int:

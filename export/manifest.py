@@ -2,13 +2,14 @@
 
     engine/
       manifest.json         this schema; written last, so a directory without it is no engine
-      model.onnx            decoder graph with ForkAttention nodes (domain `apar`)
+      model.onnx            decoder graph with ForkAttention and Linear nodes (domain `apar`)
       model_portable.onnx   the same decoder in standard operators only (tree-mask Attention)
-      heads.onnx            Medusa heads, where the checkpoint has some
+      heads.onnx, heads_portable.onnx   Medusa heads, where the checkpoint has some
       model.onnx.data       external data that all graphs share
       tokenizer.json, tokenizer_config.json, ...
 
-The schema is versioned by `format_version`; the contract of the ForkAttention node by `abi_version`.
+The schema is versioned by `format_version`; the contract of the ForkAttention node by `abi_version`,
+that of the Linear node, which is also the layout of matrices, by `linear_abi_version`.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ from typing import Any
 
 from apar.export.errors import EngineError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 ABI_VERSION = 1
+LINEAR_ABI_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 GRAPH_NAME = "model.onnx"
 PORTABLE_GRAPH_NAME = "model_portable.onnx"
 HEADS_GRAPH_NAME = "heads.onnx"
+PORTABLE_HEADS_GRAPH_NAME = "heads_portable.onnx"
 WEIGHTS_NAME = "model.onnx.data"
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -129,12 +132,12 @@ class Manifest:
     tokens: TokenIds
     block_size: int
     dtype: str = "float32"
-    """Type in which unquantised weights are stored; arithmetic on the CPU is float32."""
+    """Type in which unquantised weights are stored; sums on the CPU are float32."""
     kv_dtype: str = "float32"
     """Element type of the KV pools of `model.onnx` (the portable graph always uses float32)."""
     quantize: str = "none"
     group_size: int = 0
-    """Input channels that share a scale in quantised matrices; 0 where nothing is quantised."""
+    """Input channels that share a scale in quantised matrices; 0: all of an output channel, or nothing is quantised."""
     zero_points: bool = False
     """Groups of quantised matrices have zero points of their own."""
     quantize_method: str = "none"
@@ -150,6 +153,7 @@ class Manifest:
     """Of a TensorRT engine; it has no graph that another executor could run."""
     format_version: int = FORMAT_VERSION
     abi_version: int = ABI_VERSION
+    linear_abi_version: int = LINEAR_ABI_VERSION
 
     def save(self, directory: Path) -> None:
         """Write `manifest.json` into `directory`, atomically."""
@@ -186,7 +190,11 @@ class Manifest:
     def _from_json(cls, data: Any, path: Path) -> Manifest:
         if not isinstance(data, dict) or "format_version" not in data:
             raise EngineError(f"{path} has no format_version, so it is not an engine manifest; build the engine again")
-        for key, ours in (("format_version", FORMAT_VERSION), ("abi_version", ABI_VERSION)):
+        for key, ours in (
+            ("format_version", FORMAT_VERSION),
+            ("abi_version", ABI_VERSION),
+            ("linear_abi_version", LINEAR_ABI_VERSION),
+        ):
             if data.get(key) != ours:
                 raise EngineError(
                     f"{path} has {key} {data.get(key)}, this version of APAR reads {ours}; "

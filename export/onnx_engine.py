@@ -17,11 +17,12 @@ from apar.export.attention import ForkAttention, TreeMaskAttention
 from apar.export.calibration import CalibrationPass, Sample
 from apar.export.checkpoint import Checkpoint
 from apar.export.control_tokens import resolve_tokens
-from apar.export.decoder import Attention, build_decoder
+from apar.export.decoder import Attention, Linear, build_decoder
 from apar.export.errors import BuildError
 from apar.export.gptq import gptq_rows
 from apar.export.heads_graph import build_heads
-from apar.export.linear import StoredLinear
+from apar.export.linear import NativeLinear, PortableLinear
+from apar.export.linear_packing import CHANNEL_MULTIPLE, TILE, round_up
 from apar.export.manifest import (
     DTYPES,
     GRAPH_NAME,
@@ -30,6 +31,7 @@ from apar.export.manifest import (
     MANIFEST_NAME,
     METHODS,
     PORTABLE_GRAPH_NAME,
+    PORTABLE_HEADS_GRAPH_NAME,
     QUANTIZATIONS,
     WEIGHTS_NAME,
     DraftHeads,
@@ -48,7 +50,8 @@ Progress = Callable[[str, int, int], None]
 Calibration = Callable[[Manifest, TokenizerFiles], Sequence[Sample]]
 """Gives the tokens that an engine is calibrated with; `apar.runtime.calibration` makes them from text."""
 
-DEFAULT_GROUP_SIZE = 32
+DEFAULT_GROUP_SIZES = {"int8": 0, "int4": 32}
+"""0: an output channel has one scale."""
 BLOCK_SIZES = (8, 16, 32, 64, 128)
 _SPARE_BYTES = 64 << 20
 
@@ -57,7 +60,7 @@ def build(
     checkpoint: Path,
     output: Path,
     *,
-    dtype: str = "float32",
+    dtype: str = "auto",
     quantize: str = "none",
     group_size: int | None = None,
     quantize_method: str | None = None,
@@ -77,9 +80,11 @@ def build(
 
     Args:
         dtype: how weights that are not quantised are stored: float32, float16 or bfloat16 (norms and biases
-            are always float32). A quantised build stores its embeddings as float16 where this says float32.
+            are always float32); "auto" is what the checkpoint stores its matrices as, so that nothing is lost and no
+            step reads more than it must. A quantised build stores its embeddings as float16 where this says float32.
         quantize: "none", "int8" or "int4" for all projections; int4 keeps lm_head at int8.
-        group_size: input channels that share a scale (32 by default).
+        group_size: input channels that share a scale. By default 32 for int4, and for int8 all of an output
+            channel, as they always do in an int8 lm_head beside int4.
         quantize_method: "rtn" rounds to nearest; "gptq" makes codes of the layers' projections make up for each
             other's errors on the tokens of `calibration`. By default gptq for int4 with a calibration, else rtn.
         zero_points: groups have zero points of their own, not only scales.
@@ -102,6 +107,7 @@ def build(
     method = _method(quantize, quantize_method, zero_points, calibration)
     source = Checkpoint.open(checkpoint, draft_heads)
     files = read_tokenizer(tokenizer or checkpoint)
+    dtype = _matrix_dtype(source) if dtype == "auto" else dtype
     manifest = Manifest(
         decoder=replace(source.decoder, max_context=longest_context(source, max_context)),
         tokens=resolve_tokens(source.config, files, fork_token, child_token),
@@ -116,7 +122,7 @@ def build(
         source=checkpoint.resolve().name,
         apar_version=installed_version(),
     )
-    plan = list(weight_plan(manifest.decoder, quantized=quantize != "none", heads=manifest.draft_heads))
+    plan = list(weight_plan(manifest.decoder, packed=True, heads=manifest.draft_heads))
     storage = {weight.name: _storage(weight, manifest) for weight in plan}
     samples = calibration(manifest, files) if calibration is not None and method == "gptq" else ()
     needed = sum(_stored_bytes(weight, storage[weight.name], manifest) for weight in plan)
@@ -135,7 +141,7 @@ def build(
 
 def _check_options(dtype: str, quantize: str, group_size: int | None, block_size: int, kv_dtype: str) -> int:
     for name, value, allowed in (
-        ("dtype", dtype, DTYPES),
+        ("dtype", dtype, ("auto", *DTYPES)),
         ("quantize", quantize, QUANTIZATIONS),
         ("kv_dtype", kv_dtype, ("auto", *KV_DTYPES)),
         ("block_size", block_size, BLOCK_SIZES),
@@ -146,7 +152,8 @@ def _check_options(dtype: str, quantize: str, group_size: int | None, block_size
         if group_size is not None:
             raise BuildError("group_size has no meaning without quantize; give quantize int8 or int4 too")
         return 0
-    group_size = DEFAULT_GROUP_SIZE if group_size is None else group_size
+    if group_size is None:
+        return DEFAULT_GROUP_SIZES[quantize]
     if group_size not in GROUP_SIZES:
         raise BuildError(
             f"group_size {group_size!r} is not supported; choose one of {', '.join(map(str, GROUP_SIZES))}"
@@ -182,6 +189,14 @@ def longest_context(source: Checkpoint, wanted: int | None) -> int:
     return wanted
 
 
+def _matrix_dtype(source: Checkpoint) -> str:
+    """The element type of all of a checkpoint's matrices; float32 where they differ."""
+    plan = weight_plan(source.decoder, packed=True)
+    names = {name for weight in plan if weight.kind is not Kind.VECTOR for name in weight.sources}
+    found = {source.tensors[name].dtype for name in names}
+    return found.pop() if len(found) == 1 else "float32"
+
+
 def _kv_dtype(kv_dtype: str, dtype: str, quantize: str) -> str:
     if kv_dtype != "auto":
         return kv_dtype
@@ -198,11 +213,19 @@ def _storage(weight: Weight, manifest: Manifest) -> str:
     return "int8" if weight.name.endswith("lm_head.weight") else manifest.quantize
 
 
+def _group_size(storage: str, manifest: Manifest) -> int:
+    return manifest.group_size if storage == manifest.quantize else 0
+
+
 def _stored_bytes(weight: Weight, storage: str, manifest: Manifest) -> int:
     rows, columns = weight.shape[0], weight.shape[1] if len(weight.shape) > 1 else 1
+    if weight.kind is Kind.LINEAR:
+        rows = round_up(rows, TILE)
     if storage in BITS:
-        groups = -(-columns // manifest.group_size)
-        return rows * groups * (manifest.group_size * BITS[storage] // 8 + 4 + manifest.zero_points)
+        size = _group_size(storage, manifest)
+        groups, scale = (-(-columns // size), 2) if size else (1, 4)
+        width = groups * size if size else round_up(columns, CHANNEL_MULTIPLE)
+        return rows * (width * BITS[storage] // 8 + groups * (scale + manifest.zero_points))
     return rows * columns * FLOAT_TYPES[storage].itemsize
 
 
@@ -212,7 +235,8 @@ def _calibrated(
     """Name and codes of every layer's projections, in the order of the plan."""
 
     def quantize(name: str, rows: Float32Array, hessian: Float32Array) -> QuantizedRows:
-        return gptq_rows(rows, hessian, BITS[manifest.quantize], manifest.group_size, manifest.zero_points)
+        size = manifest.group_size or rows.shape[1]
+        return gptq_rows(rows, hessian, BITS[manifest.quantize], size, manifest.zero_points)
 
     return CalibrationPass(source, samples, quantize).layers()
 
@@ -246,10 +270,13 @@ def _write_weights(
                 ):
                     name, codes = next(chosen)
                     assert name == weight.name, f"{name} comes where {weight.name} is due"
-                    file.add_quantized(weight, codes)
+                    file.add_quantized(weight, codes, manifest.group_size)
                     advance(_checkpoint_bytes(source, weight))
                 elif kind in BITS:
-                    file.add_grouped(weight, source, BITS[kind], manifest.group_size, manifest.zero_points)
+                    size = _group_size(kind, manifest)
+                    file.add_grouped(weight, source, BITS[kind], size, manifest.zero_points)
+                elif weight.kind is Kind.LINEAR:
+                    file.add_packed(weight, source, kind)
                 else:
                     file.add_plain(weight, source, kind)
             return file.weights
@@ -260,18 +287,22 @@ def _write_weights(
 def _write_graphs(
     manifest: Manifest, weights: Mapping[str, StoredWeight], directory: Path, progress: Progress | None
 ) -> None:
-    heads = manifest.draft_heads
+    config, heads = manifest.decoder, manifest.draft_heads
+    native, portable = NativeLinear(), PortableLinear()
     fork = ForkAttention(manifest.block_size, manifest.kv_dtype)
-    graphs: dict[str, Attention | DraftHeads] = {GRAPH_NAME: fork, PORTABLE_GRAPH_NAME: TreeMaskAttention()}
+    graphs: list[tuple[str, Attention | DraftHeads, Linear]] = [
+        (GRAPH_NAME, fork, native),
+        (PORTABLE_GRAPH_NAME, TreeMaskAttention(), portable),
+    ]
     if heads:
-        graphs[HEADS_GRAPH_NAME] = heads
-    for done, (name, content) in enumerate(graphs.items()):
+        graphs += [(HEADS_GRAPH_NAME, heads, native), (PORTABLE_HEADS_GRAPH_NAME, heads, portable)]
+    for done, (name, content, linear) in enumerate(graphs):
         if progress:
             progress("graph", done, len(graphs))
         if isinstance(content, DraftHeads):
-            model = build_heads(manifest.decoder, content, weights, StoredLinear())
+            model = build_heads(config, content, weights, linear)
         else:
-            model = build_decoder(manifest.decoder, weights, content, StoredLinear(), hidden_output=heads is not None)
+            model = build_decoder(config, weights, content, linear, hidden_output=heads is not None)
         onnx.save(model, directory / name)
         onnx.checker.check_model(str(directory / name))
     if progress:

@@ -81,7 +81,7 @@ def graph_bytes(checkpoint: Checkpoint, dtype: str, shard: Shard) -> int:
 
 
 def _plan(checkpoint: Checkpoint, shard: Shard) -> list[Weight]:
-    plan = list(weight_plan(checkpoint.decoder, quantized=False))
+    plan = list(weight_plan(checkpoint.decoder, packed=False))
     if shard.size > 1:
         head = checkpoint.tensors["lm_head.weight"]
         plan = [replace(weight, shape=head.shape) if weight.name == "lm_head.weight" else weight for weight in plan]

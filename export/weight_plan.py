@@ -34,10 +34,11 @@ class Weight:
     """Checkpoint tensors, stacked by rows."""
 
 
-def weight_plan(config: DecoderConfig, *, quantized: bool, heads: DraftHeads | None = None) -> Iterator[Weight]:
+def weight_plan(config: DecoderConfig, *, packed: bool, heads: DraftHeads | None = None) -> Iterator[Weight]:
     """All weights in the order of computation, those of Medusa heads last.
 
-    A tied lm_head is not listed, `embed.weight` serves; but quantised it is a matrix of its own.
+    packed: matrices are laid out for `apar::Linear`. A tied lm_head is then a matrix of its own; otherwise it is not
+    listed, `embed.weight` serves.
     """
     hidden, ffn = config.hidden_size, config.intermediate_size
     q = config.num_heads * config.head_dim
@@ -58,7 +59,7 @@ def weight_plan(config: DecoderConfig, *, quantized: bool, heads: DraftHeads | N
         yield from linear(f"{ours}.gate_up", 2 * ffn, hidden, config.mlp_bias, mlp, ("gate", "up"))
         yield from linear(f"{ours}.down", hidden, ffn, config.mlp_bias, mlp, ("down",))
     yield Weight("norm.weight", Kind.VECTOR, (hidden,), ("model.norm.weight",))
-    if quantized or not config.tie_word_embeddings:
+    if packed or not config.tie_word_embeddings:
         source = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
         yield Weight("lm_head.weight", Kind.LINEAR, (config.vocab_size, hidden), (source,))
     if heads is None:

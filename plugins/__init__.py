@@ -1,4 +1,4 @@
-"""ForkAttention: the native kernels and where to find the built library."""
+"""ForkAttention and Linear: the native kernels and where to find the built library."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 from apar.export.errors import PluginError
-from apar.export.manifest import ABI_VERSION
+from apar.export.manifest import ABI_VERSION, LINEAR_ABI_VERSION
 
 LIBRARY_NAME = "apar_onnxruntime.dll" if sys.platform == "win32" else "libapar_onnxruntime.so"
 LIBRARY_VARIABLE = "APAR_PLUGIN_LIBRARY"
@@ -42,17 +42,15 @@ def library_path() -> Path:
     )
 
 
-def abi_version(path: Path) -> int:
-    """Return the ForkAttention ABI version of the library at `path`.
-
-    Raises PluginError if it cannot be loaded or has another version than this package.
-    """
-    version = _call(path, "apar_abi_version", ctypes.c_int)
-    if version != ABI_VERSION:
-        raise PluginError(
-            f"{path} has ForkAttention ABI {version}, this version of apar needs {ABI_VERSION}. {_REMEDY}"
-        )
-    return ABI_VERSION
+def check_versions(path: Path) -> None:
+    """Raise PluginError if the library at `path` cannot be loaded or has nodes of other versions than this package."""
+    for node, function, ours in (
+        ("ForkAttention", "apar_abi_version", ABI_VERSION),
+        ("Linear", "apar_linear_abi_version", LINEAR_ABI_VERSION),
+    ):
+        version = _call(path, function, ctypes.c_int)
+        if version != ours:
+            raise PluginError(f"{path} has {node} ABI {version}, this version of apar needs {ours}. {_REMEDY}")
 
 
 def cpu_isa(path: Path) -> str:

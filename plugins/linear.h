@@ -30,7 +30,8 @@
  *   float32   float32  [tiles, K, 16]
  *   float16   float16  [tiles, K, 16]
  *   bfloat16  bfloat16 [tiles, K' / 2, 16, 2]   two neighbouring input channels together
- *   int8      uint8    [tiles, K' / 4, 16, 4]   four; K' a multiple of 4, of group_size where there are groups
+ *   int8      uint8    [tiles, K' / 4, 16, 4]   four; K' a multiple of group_size, or of 32
+ *                                               where there are no groups
  *   int4      uint8    [tiles, K' / 8, 16, 4]   eight, two in a byte, the even one in its low half; K' a
  *                                               multiple of group_size
  * value = (code - zero) * scale. Padding codes are never seen: their inputs are zeros.

@@ -88,7 +88,7 @@ def test_required_distributions_are_light() -> None:
 
 def test_library_speaks_this_abi() -> None:
     library = native_library()
-    assert apar.plugins.abi_version(library) == apar.plugins.ABI_VERSION
+    apar.plugins.check_versions(library)
     assert apar.plugins.cpu_isa(library) in {"generic", "avx2", "avx512"}
 
 
@@ -96,7 +96,7 @@ def test_other_abi_is_refused_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> 
     library = native_library()
     monkeypatch.setattr(apar.plugins, "ABI_VERSION", 99)
     with pytest.raises(PluginError, match=r"needs 99.*Install apar again"):
-        apar.plugins.abi_version(library)
+        apar.plugins.check_versions(library)
 
 
 def test_unknown_instruction_set_is_refused() -> None:
@@ -116,7 +116,7 @@ def test_library_can_be_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     other.write_bytes(b"not a library")
     assert apar.plugins.library_path() == other.resolve()
     with pytest.raises(PluginError, match="cannot be loaded"):
-        apar.plugins.abi_version(other)
+        apar.plugins.check_versions(other)
 
 
 def test_missing_library_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,7 +119,8 @@ void plan(AparLinear* op) {
     default:
       break;
   }
-  op->steps = up(p.in_features, std::max(op->together, p.group_size)) / op->together;
+  const int32_t multiple = p.group_size > 0 ? p.group_size : p.format == APAR_LINEAR_INT8 ? 32 : op->together;
+  op->steps = up(p.in_features, multiple) / op->together;
   op->tile_bytes = op->steps * kLinearTile * bytes;
 }
 
@@ -145,8 +146,7 @@ class Call {
     call_.epsilon = p.norm_epsilon;
     call_.gated = p.gated;
     call_.unit = op.unit;
-    // A whole number of eights, which is how integers are made.
-    call_.value_stride = op.unit > 0 ? up(op.steps * op.together, 8) : op.steps * op.together;
+    call_.value_stride = op.steps * op.together;
     call_.unit_stride = op.unit > 0 ? (call_.value_stride + op.unit - 1) / op.unit : 0;
     prepared_ = op.unit > 0 || t.norm != nullptr || p.gated || call_.value_stride != p.in_features;
     call_.values = const_cast<float*>(t.x);

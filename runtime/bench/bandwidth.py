@@ -15,6 +15,7 @@ from time import perf_counter
 import numpy as np
 
 from apar.export.manifest import WEIGHTS_NAME, Manifest
+from apar.export.tensor_files import FLOAT_TYPES
 from apar.runtime.executor.pool import available_memory
 
 CACHES = 4
@@ -51,16 +52,9 @@ def last_level_cache() -> int:
 
 
 def step_weight_bytes(manifest: Manifest) -> int:
-    """Bytes of weights that every step reads on the CPU.
+    """Bytes of weights that every step of the native graph reads: all, as they are stored, but the embedding.
 
-    Quantised matrices count as they are stored; plain ones as float32, which the CPU executors hold whatever the
-    file's type. Rows of the embedding are looked up, not read through, unless the matrix also serves as lm_head.
+    Of the embedding only the rows of a step's tokens are looked up.
     """
-    decoder = manifest.decoder
-    embedding = decoder.vocab_size * decoder.hidden_size
-    if manifest.quantize == "none":
-        from apar.export.weight_plan import weight_plan
-
-        numbers = sum(math.prod(weight.shape) for weight in weight_plan(decoder, quantized=False))
-        return 4 * (numbers if decoder.tie_word_embeddings else numbers - embedding)
-    return manifest.files[WEIGHTS_NAME] - embedding * (4 if manifest.dtype == "float32" else 2)
+    embedding = manifest.decoder.vocab_size * manifest.decoder.hidden_size
+    return manifest.files[WEIGHTS_NAME] - embedding * FLOAT_TYPES[manifest.dtype].itemsize

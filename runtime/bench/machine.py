@@ -47,7 +47,7 @@ def kernel_isa() -> tuple[str | None, str]:
 
     try:
         path = plugins.library_path()
-        plugins.abi_version(path)
+        plugins.check_versions(path)
         return plugins.cpu_isa(path), f"{path.name} is installed"
     except PluginError as error:
         return None, str(error)

@@ -46,9 +46,9 @@ class Variant:
 
     @property
     def bits(self) -> float:
-        """Bits of one weight in a layer with its share of scale (float32) and zero point."""
+        """Bits of one weight in a layer with its share of scale (bfloat16) and zero point (a byte)."""
         bits = {"int8": 8, "int4": 4}[self.quantize]
-        return bits + (32 + bits * self.zero_points) / self.group_size
+        return bits + (16 + 8 * self.zero_points) / self.group_size
 
 
 def variants(formats: Sequence[str], group_sizes: Sequence[int]) -> list[Variant]:
@@ -144,9 +144,9 @@ class QualityBench:
 
     def _engine(self, room: Path, variant: Variant | None) -> LLM:
         target = room / "engine"
-        settings: dict[str, Any] = {}
+        settings: dict[str, Any] = {"dtype": "float32"}
         if variant is not None:
-            settings = {
+            settings |= {
                 "quantize": variant.quantize,
                 "quantize_method": variant.method,
                 "group_size": variant.group_size,

@@ -47,7 +47,7 @@ SHAPES = {
 }
 """hidden, intermediate, layers, heads, kv heads: those of APAR-7B, TinyLlama, and two small ones."""
 FORMATS: dict[str, dict[str, Any]] = {
-    "f32": {},
+    "f32": {"dtype": "float32"},
     "bf16": {"dtype": "bfloat16"},
     "int8": {"quantize": "int8"},
     "int4": {"quantize": "int4"},

@@ -66,8 +66,9 @@ def make_parser() -> Parser:
     weights = parser.add_argument_group("weights")
     weights.add_argument(
         "--dtype",
-        choices=DTYPES,
-        help="how weights that are not quantised are stored (default: float32; float16 in the other formats)",
+        choices=("auto", *DTYPES),
+        help="how weights that are not quantised are stored (default: auto, as in the checkpoint, which loses nothing; "
+        "float16 in the other formats)",
     )
     weights.add_argument(
         "--quantize",
@@ -79,7 +80,8 @@ def make_parser() -> Parser:
         "--group-size",
         type=whole(1),
         metavar="N",
-        help="with --quantize: input channels that share a scale; 16, 32, 64, 128 or 256 (default: 32)",
+        help="with --quantize: input channels that share a scale; 16, 32, 64, 128 or 256 (default: 32 for int4; "
+        "int8 has one scale for each output channel)",
     )
     weights.add_argument(
         "--quantize-method",
@@ -119,7 +121,7 @@ def make_parser() -> Parser:
         "--kv-dtype",
         choices=("auto", *KV_DTYPES),
         default="auto",
-        help="type of keys and values; auto is float32 for a plain float32 engine, float16 otherwise",
+        help="type of keys and values; auto is float32 beside float32 weights, float16 otherwise",
     )
     cache.add_argument(
         "--max-context",
@@ -157,7 +159,7 @@ def run(options: argparse.Namespace) -> int:
         manifest = build(
             options.checkpoint,
             options.output,
-            dtype=options.dtype or "float32",
+            dtype=options.dtype or "auto",
             quantize=options.quantize,
             group_size=options.group_size,
             quantize_method=options.quantize_method,

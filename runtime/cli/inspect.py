@@ -95,7 +95,7 @@ def parameters(manifest: Manifest) -> int:
     """Numbers that the model learned; a tied matrix counts once."""
     from apar.export.weight_plan import weight_plan
 
-    return sum(math.prod(weight.shape) for weight in weight_plan(manifest.decoder, quantized=False))
+    return sum(math.prod(weight.shape) for weight in weight_plan(manifest.decoder, packed=False))
 
 
 def human_bytes(count: float) -> str:
@@ -118,7 +118,8 @@ def quantized_text(facts: Mapping[str, Any]) -> str:
     """How quantised weights are stored, from a manifest's fields."""
     zeros = " with zero points" if facts["zero_points"] else ""
     method, size = facts["quantize_method"], facts["group_size"]
-    return f"{facts['quantize']} in groups of {size}{zeros} ({method}), the rest {facts['dtype']}"
+    scaled = f"in groups of {size}" if size else "by output channel"
+    return f"{facts['quantize']} {scaled}{zeros} ({method}), the rest {facts['dtype']}"
 
 
 def _planned(directory: Path) -> Manifest:

@@ -1,8 +1,8 @@
 """Executor on ONNX Runtime's CPU provider.
 
-Two graphs of one decoder: `model.onnx` with the ForkAttention operator of the native library, and
-`model_portable.onnx` in standard operators for machines without that library (about three times slower
-attention, float32 pools). Either updates the KV pools in place: each pool is one piece of memory that is
+Two graphs of one decoder: `model.onnx` with the ForkAttention and Linear operators of the native library, and
+`model_portable.onnx` in standard operators for machines without that library (slower, float32 pools, and plain
+matrices become float32). Either updates the KV pools in place: each pool is one piece of memory that is
 bound as `past_kv_{i}` and as `present_kv_{i}` once and for all; a step binds only its own tensors.
 """
 
@@ -20,7 +20,7 @@ import onnxruntime
 
 from apar import plugins
 from apar.export.errors import ExecutorError, PluginError
-from apar.export.manifest import GRAPH_NAME, HEADS_GRAPH_NAME, PORTABLE_GRAPH_NAME, Manifest
+from apar.export.manifest import GRAPH_NAME, HEADS_GRAPH_NAME, PORTABLE_GRAPH_NAME, PORTABLE_HEADS_GRAPH_NAME, Manifest
 from apar.runtime.executor.base import NO_HEADS_REMEDY, Executor
 from apar.runtime.executor.check import check_step
 from apar.runtime.executor.pool import pool_blocks
@@ -146,7 +146,11 @@ class OnnxExecutor(Executor):
         if self.manifest.draft_heads is None:
             raise ExecutorError(f"{self._engine} has no Medusa heads; {NO_HEADS_REMEDY}")
         if self._heads is None:
-            self._heads = _load(self._engine / HEADS_GRAPH_NAME, _session_options(self._threads, self._spinning))
+            options = _session_options(self._threads, self._spinning)
+            if self.graph == "native":
+                _register_library(options)
+            name = HEADS_GRAPH_NAME if self.graph == "native" else PORTABLE_HEADS_GRAPH_NAME
+            self._heads = _load(self._engine / name, options)
 
     def draft_logits(self, wanted: IntArray) -> Float32Array:
         """See Executor.draft_logits."""
@@ -182,7 +186,7 @@ def _session_options(threads: int, spinning: bool) -> onnxruntime.SessionOptions
 def _register_library(options: onnxruntime.SessionOptions) -> str:
     """Give `options` the native library; return its description. Raises PluginError where there is none."""
     path = plugins.library_path()
-    plugins.abi_version(path)
+    plugins.check_versions(path)
     try:
         options.register_custom_ops_library(str(path))
     except Exception as error:  # ONNX Runtime's exceptions have no common base

@@ -77,7 +77,8 @@ def test_narrow_storage_is_exact_where_the_checkpoint_is_as_narrow(variant: str,
     tokens = random_tokens(24)
     logits = Portable(tmp_path / "engine").step([(tokens, list(range(24)))])
     np.testing.assert_allclose(logits, reference(model, tokens), atol=1e-4, rtol=1e-4)
-    wide = build(tmp_path / "checkpoint", tmp_path / "wide")
+    wide = build(tmp_path / "checkpoint", tmp_path / "wide", dtype="float32")
+    assert build(tmp_path / "checkpoint", tmp_path / "auto").dtype == dtype
     narrow = m.Manifest.load(tmp_path / "engine")
     assert narrow.files[m.WEIGHTS_NAME] < 0.55 * wide.files[m.WEIGHTS_NAME]
 

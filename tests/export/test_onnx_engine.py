@@ -82,7 +82,7 @@ def header(checkpoint: Path) -> int:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": "int8"}, "dtype 'int8' is not supported; choose one of float32, float16, bfloat16"),
+        ({"dtype": "int8"}, "dtype 'int8' is not supported; choose one of auto, float32, float16, bfloat16"),
         ({"quantize": "fp8"}, "quantize 'fp8' is not supported"),
         ({"kv_dtype": "bfloat16"}, "kv_dtype 'bfloat16' is not supported"),
         ({"block_size": 17}, "block_size 17 is not supported"),
@@ -200,8 +200,9 @@ def test_bad_numbers_are_refused(tmp_path: Path) -> None:
         (lambda d: (d / "manifest.json").unlink(), "holds no manifest.json, so it is no engine"),
         (lambda d: (d / "manifest.json").write_text("{"), "cannot be read as JSON"),
         (lambda d: (d / "manifest.json").write_text("[]"), "has no format_version"),
-        (lambda d: edit(d, format_version=99), "has format_version 99, this version of APAR reads 1; build"),
+        (lambda d: edit(d, format_version=99), "has format_version 99, this version of APAR reads 2; build"),
         (lambda d: edit(d, abi_version=0), "has abi_version 0"),
+        (lambda d: edit(d, linear_abi_version=9), "has linear_abi_version 9, this version of APAR reads 1; build"),
         (lambda d: edit(d, tokens={}), "does not follow the manifest schema"),
         (lambda d: edit(d, surprise=1), "does not follow the manifest schema"),
         (lambda d: (d / "tokenizer.json").unlink(), r"tokenizer\.json is missing"),

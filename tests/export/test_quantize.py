@@ -114,7 +114,8 @@ def test_quantised_engine_equals_its_dequantised_weights(
 ) -> None:
     model = make_checkpoint(tmp_path / "checkpoint", variant)
     manifest = build(tmp_path / "checkpoint", tmp_path / "engine", quantize=quantize, zero_points=zero_points)
-    assert (manifest.dtype, manifest.kv_dtype, manifest.group_size) == ("float16", "float16", 32)
+    assert (manifest.dtype, manifest.kv_dtype) == ("float16", "float16")
+    assert manifest.group_size == {"int8": 0, "int4": 32}[quantize]
     assert (manifest.quantize_method, manifest.zero_points) == ("rtn", zero_points)
     tokens = random_tokens(24)
     load_engine_weights(model, tmp_path / "engine")
@@ -128,11 +129,11 @@ def test_int4_keeps_lm_head_at_int8(tmp_path: Path) -> None:
     make_checkpoint(tmp_path / "checkpoint")
     build(tmp_path / "checkpoint", tmp_path / "engine", quantize="int4", group_size=64)
     graph = onnx.load(tmp_path / "engine" / GRAPH_NAME, load_external_data=False).graph
-    bits = {n.name: {a.name: a.i for a in n.attribute}["bits"] for n in graph.node if n.op_type == "MatMulNBits"}
-    assert bits.pop("logits") == 8
-    assert len(bits) == 8
-    assert set(bits.values()) == {4}
-    assert not any(node.op_type == "Gemm" for node in graph.node)
+    nodes = {n.name: {a.name: a.i for a in n.attribute} for n in graph.node if n.op_type == "Linear"}
+    stored = {name: (attributes["bits"], attributes["group_size"]) for name, attributes in nodes.items()}
+    assert stored.pop("logits") == (8, 0)
+    assert len(stored) == 8
+    assert set(stored.values()) == {(4, 64)}
 
 
 def load_engine_weights(model, engine: Path) -> None:

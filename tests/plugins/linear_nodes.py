@@ -13,7 +13,7 @@ import onnxruntime as ort
 from fork_steps import library
 from onnx import TensorProto, helper
 
-from apar.export.linear_packing import TILE, pack_groups, pack_matrix, whole_tiles
+from apar.export.linear_packing import CHANNEL_MULTIPLE, pack_groups, pack_matrix, round_up, whole_tiles
 
 Array = npt.NDArray[Any]
 Float64 = npt.NDArray[np.float64]
@@ -77,7 +77,7 @@ def random_matrix(form: Format, out: int, columns: int, seed: int = 0) -> Matrix
     if not form.bits:
         rows = random.standard_normal((out, columns)).astype(FLOATS[form.name])
         return Matrix(form, rows.astype(np.float64), pack_matrix(tiles(rows)))
-    size = form.group_size or -(-columns // 4) * 4
+    size = form.group_size or round_up(columns, CHANNEL_MULTIPLE)
     groups = -(-columns // size)
     codes = random.integers(0, 2**form.bits, (out, groups * size)).astype(np.uint8)
     codes[:, : size // 2] = 2**form.bits - 1
@@ -182,7 +182,3 @@ def random_inputs(tokens: int, columns: int, seed: int = 1) -> npt.NDArray[np.fl
     x[:, random.integers(0, columns)] *= 50
     x[:, columns // 2 : columns // 2 + 40] = 0
     return x
-
-
-__all__ = ["FORMATS", "TILE", "Format", "Matrix", "as_integers", "gated", "model", "normed", "random_inputs"]
-__all__ += ["random_matrix", "run", "session"]

@@ -21,7 +21,15 @@ from linear_nodes import (
     session,
 )
 
-from apar.export.linear_packing import TILE, pack_matrix, packed_shape, unpack_groups, unpack_matrix
+from apar.export.linear_packing import (
+    CHANNEL_MULTIPLE,
+    TILE,
+    pack_matrix,
+    packed_shape,
+    round_up,
+    unpack_groups,
+    unpack_matrix,
+)
 
 SHAPES = [(1, 1), (16, 32), (17, 33), (40, 250), (33, 515), (70, 768)]
 """Output and input channels."""
@@ -176,7 +184,7 @@ def test_layout_is_the_contracts() -> None:
 @pytest.mark.parametrize("form", FORMATS, **KEYS)
 def test_packing_can_be_undone(form: Format) -> None:
     matrix = random_matrix(form, 37, 301)
-    columns = 301 if not form.group_size else -(-301 // form.group_size) * form.group_size
+    columns = 301 if not form.bits else round_up(301, form.group_size or CHANNEL_MULTIPLE)
     assert matrix.weight.shape == packed_shape(37, columns, matrix.weight.dtype, form.bits)
     rows = unpack_matrix(matrix.weight, 37, 301, form.bits)
     if not form.bits:

@@ -41,8 +41,8 @@ def test_formats(weights: str) -> None:
     assert (manifest.quantize, manifest.dtype) == {
         "f32": ("none", "float32"),
         "bf16": ("none", "bfloat16"),
-        "int8": ("int8", "float16"),
-        "int4": ("int4", "float16"),
+        "int8": ("int8", "bfloat16"),
+        "int4": ("int4", "bfloat16"),
     }[weights]
     assert manifest.decoder.num_layers == 1
     assert np.isfinite(read_weights(engine)["layers.0.down.weight"]).all()

@@ -31,7 +31,9 @@ EXACT = 1e-4
 FLOAT16_POOL = 2e-2
 """Keys and values rounded to 11 bits (seen: 4e-3)."""
 INT8_ACTIVATIONS = 0.25
-"""MatMulNBits rounds activations to int8 by group; the reference does not (seen: 0.14)."""
+"""MatMulNBits, and Linear with int4, round activations to int8 by group; the reference does not (seen: 0.14)."""
+INT16_ACTIVATIONS = 2e-3
+"""Linear with int8 rounds activations to 16 bits."""
 
 # Built from the sources on this platform, so a missing library is a failure there and not a reason to skip.
 NATIVE_EXPECTED = sys.platform == "linux" and platform.machine() in ("x86_64", "AMD64")
@@ -158,10 +160,11 @@ def test_quantised_engines_agree(models: dict, quantize: str) -> None:
     ]
     for step in lives(0, 10):
         reference, native, portable = (executor.execute(step.inputs).copy() for executor in executors)
-        assert np.abs(native - portable).max() <= INT8_ACTIVATIONS
-        assert np.abs(native - reference).max() <= INT8_ACTIVATIONS
-        assert np.sqrt(np.mean((native - portable) ** 2)) <= INT8_ACTIVATIONS / 10
-        assert np.sqrt(np.mean((native - reference) ** 2)) <= INT8_ACTIVATIONS / 4
+        limit = INT16_ACTIVATIONS if quantize == "int8" else INT8_ACTIVATIONS
+        assert np.abs(native - reference).max() <= limit
+        assert np.abs(portable - reference).max() <= INT8_ACTIVATIONS
+        assert np.sqrt(np.mean((native - reference) ** 2)) <= limit / 4
+        assert np.sqrt(np.mean((portable - reference) ** 2)) <= INT8_ACTIVATIONS / 4
 
 
 @pytest.mark.parametrize(("name", "options"), EXECUTORS)
