@@ -7,15 +7,15 @@ import numpy as np
 from apar.runtime.branch import Request
 from apar.runtime.branch_table import BranchTable
 from apar.runtime.catching_up import CatchingUp
+from apar.runtime.fork_policy import FirstCome
 from apar.runtime.kv_cache import KVCache
 from apar.runtime.lifecycle import Lifecycle
-from apar.runtime.limits import SchedulerLimits
 from apar.runtime.request_queues import RequestQueues
 from apar.runtime.request_table import RequestTable
 
 
 class Admission:
-    """Moves waiting requests into the running set while rows and blocks allow, strictly in order.
+    """Moves waiting requests into the running set while rows and blocks allow, in the order of the policy.
 
     Args:
         queues: of requests.
@@ -24,7 +24,7 @@ class Admission:
         cache: the books of the pool.
         catching: requests whose branches lack K/V; admitted ones begin there.
         lifecycle: gives new requests their root.
-        limits: sizes.
+        policy: says who is next.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Admission:
         cache: KVCache,
         catching: CatchingUp,
         lifecycle: Lifecycle,
-        limits: SchedulerLimits,
+        policy: FirstCome,
     ) -> None:
         self.queues = queues
         self.table = table
@@ -43,13 +43,15 @@ class Admission:
         self.cache = cache
         self.catching = catching
         self.lifecycle = lifecycle
-        self.limits = limits
+        self.policy = policy
 
     def admit(self) -> None:
-        """Let requests run, the first of the queue first, until one does not fit."""
+        """Let requests run, one after the other, until one does not fit."""
         queues = self.queues
         while queues.waiting:
-            request = queues.waiting[0]
+            request = self.policy.next_waiting() if queues.running else queues.waiting[0]
+            if request is None:
+                return
             resumed = bool(request.branches)
             if not resumed and not (self.table.num_free and self.requests.num_free):
                 # All slots belong to preempted requests: one of those must go first.
@@ -57,11 +59,8 @@ class Admission:
                     return
                 request = next(r for r in queues.waiting if r.branches)
                 resumed = True
-            if queues.running:
-                if queues.rows().size + max(len(request.live), 1) > self.limits.admitted_rows:
-                    return
-                if self._cost(request) > self.cache.available - self._reserve():
-                    return
+            if queues.running and self._cost(request) > self.cache.available - self._reserve():
+                return
             if not resumed:
                 self.lifecycle.start(request)
             queues.run(request)

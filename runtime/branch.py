@@ -69,12 +69,14 @@ class Request:
     prepared: Any
     """The sampler's digest of `params`, shared by all branches."""
     arrival: int
-    """Order of arrival; the scheduler's queue is sorted by (priority, arrival)."""
+    """Order of arrival, which decides among equals; see `sort_key`."""
     priority: int = 0
     arrived: float = 0.0
     """When it arrived, in seconds of the engine's clock."""
     deadline: float | None = None
     """When it is ended if it still runs, in seconds of the engine's clock."""
+    late: bool = False
+    """It cannot meet its service level any more, as far as the fork policy `adaptive` can tell."""
     state: RequestState = RequestState.WAITING
     index: int = -1
     """Row of the scheduler's per-request arrays while admitted."""
@@ -101,6 +103,6 @@ class Request:
         return self.branches[0]
 
     @property
-    def sort_key(self) -> tuple[int, int]:
-        """First come, first served within a priority; a lower priority value goes first."""
-        return (self.priority, self.arrival)
+    def sort_key(self) -> tuple[int, bool, int]:
+        """First come, first served within a priority, late requests after the others; a lower priority goes first."""
+        return (self.priority, self.late, self.arrival)

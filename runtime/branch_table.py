@@ -8,6 +8,8 @@ from apar.runtime.branch import Branch
 from apar.runtime.kv_cache import KVCacheError
 
 NO_LIMIT = np.iinfo(np.int32).max
+NOT_HERE, NEVER = -1, -2
+"""`fork_limit` where a branch may not fork: by its request's `fork` or `max_depth`, by the server's policy."""
 
 
 class BranchTable:
@@ -37,7 +39,7 @@ class BranchTable:
         """Path length at which the branch has to end."""
         self.request = np.zeros(capacity, dtype=np.int64)
         self.fork_limit = np.zeros(capacity, dtype=np.int32)
-        """Longest path after which the branch may still sample [Fork]; -1 where it never may."""
+        """Longest path after which the branch may still sample [Fork]; NOT_HERE or NEVER where it never may."""
         self.fork_levels = np.zeros(capacity, dtype=np.int32)
         """How many generations may descend from the branch."""
         self.start = np.zeros(capacity, dtype=np.int32)

@@ -38,6 +38,9 @@ class CatchingUp:
     def __bool__(self) -> bool:
         return bool(self._listed)
 
+    def __len__(self) -> int:
+        return len(self._listed)
+
     def begin(self, request: Request) -> None:
         """List a request. Idempotent."""
         if not self.requests.catching_up[request.index]:
@@ -49,6 +52,12 @@ class CatchingUp:
         if self.requests.catching_up[request.index]:
             self.requests.catching_up[request.index] = False
             self._listed.remove(request)
+
+    def reorder(self, request: Request) -> None:
+        """Move a request to its place after its `sort_key` changed, if it is listed."""
+        if request.index >= 0 and self.requests.catching_up[request.index]:
+            self._listed.remove(request)
+            insort(self._listed, request, key=lambda r: r.sort_key)
 
     def settle(self) -> bool:
         """Take those off the list that are level; returns whether there were any."""

@@ -26,6 +26,7 @@ from apar.runtime.scheduler import Scheduler
 from apar.runtime.speculative.options import DraftOptions
 from apar.runtime.speculative.speculation import Speculation, make_speculation
 from apar.runtime.step import Float32Array, Int32Array, IntArray
+from apar.runtime.step_cost import FittedStepCost, StepCost
 from apar.runtime.step_writer import Step
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,8 @@ class Engine:
         executor: a loaded executor; the engine closes it.
         limits: sizes of the scheduler; steps are kept to what the executor takes.
         draft: speculative decoding (docs/speculation.md): options, or a method's name; none by default.
-        clock: seconds, never going back; deadlines are counted by it.
+        clock: seconds, never going back; deadlines and the service level are counted by it.
+        step_cost: predicts steps for the fork policy `adaptive`; fitted to the steps that run unless given.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Engine:
         *,
         draft: DraftOptions | str | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        step_cost: StepCost | None = None,
     ) -> None:
         limits = (limits or SchedulerLimits()).within(executor.step_limits)
         manifest = executor.manifest
@@ -58,7 +61,10 @@ class Engine:
         self.clock = clock
         self.cache = KVCache(executor.num_blocks, manifest.block_size, limits.prefix_caching)
         self.sampler = Sampler(manifest.decoder.vocab_size, manifest.tokens, limits.max_live_branches)
-        self.scheduler = Scheduler(manifest.tokens, manifest.decoder.max_context, self.cache, self.sampler, limits)
+        self.step_cost = FittedStepCost() if step_cost is None else step_cost
+        self.scheduler = Scheduler(
+            manifest.tokens, manifest.decoder.max_context, self.cache, self.sampler, limits, self.step_cost
+        )
         options = DraftOptions.of(draft)
         self._typical = options.enabled and options.acceptance == "typical"
         if options.enabled:
@@ -122,10 +128,11 @@ class Engine:
         read: is shown every token as soon as it is booked, before the next of the same branch, and may end branches.
             A step with drafts has several rounds, each with at most one token a branch; others have one.
         """
-        expired = self.scheduler.expire(self.clock())
+        now = self.clock()
+        expired = self.scheduler.expire(now)
         if expired is not None and read is not None:
             read(expired)
-        report = self._run_step(read)
+        report = self._run_step(now, read)
         if expired is None or report is None:
             return report or expired
         report.ended = expired.ended + report.ended
@@ -136,9 +143,9 @@ class Engine:
         """Free the executor. Idempotent."""
         self.executor.close()
 
-    def _run_step(self, read: Reader | None) -> StepReport | None:
+    def _run_step(self, now: float, read: Reader | None) -> StepReport | None:
         started = time.perf_counter()
-        step = self.scheduler.schedule()
+        step = self.scheduler.schedule(now)
         if step is None:
             return None
         scheduled = time.perf_counter()
@@ -157,6 +164,9 @@ class Engine:
             return self._tell(self._fail(step, error), read)
         done = time.perf_counter()
         self.sample_seconds += done - executed
+        # A device may still compute when `logits` returns; the sampler waits for it.
+        self.scheduler.observe(step, done - scheduled)
+        self.scheduler.count_denials(step.sampled, sampled.denied)
         if self.scheduler.speculation is not None:
             return self._verify(step, logits, first, sampled, self.scheduler.speculation, read)
         self.failed_steps = 0
@@ -193,6 +203,7 @@ class Engine:
                 wanted = _rows(logits, verification.wanted[rows])
                 sampled = self._sample(wanted, slots, length - table.start[slots], banned)
                 sampling += time.perf_counter() - before
+                scheduler.count_denials(slots, sampled.denied)
                 drafts.judge(verification, rows, wanted, self.sampler, sampled.tokens)
                 self._keep_logprobs(slots, sampled)
                 total.extend(self._tell(scheduler.commit_round(slots, sampled.tokens, sampled.failed), read))

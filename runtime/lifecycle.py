@@ -8,8 +8,9 @@ from time import perf_counter
 from apar.export.manifest import TokenIds
 from apar.runtime.branch import Branch, Request, RequestState
 from apar.runtime.branch_blocks import BranchBlocks
-from apar.runtime.branch_table import BranchTable
+from apar.runtime.branch_table import NEVER, NOT_HERE, BranchTable
 from apar.runtime.catching_up import CatchingUp
+from apar.runtime.counters import SchedulerCounters
 from apar.runtime.limits import SchedulerLimits
 from apar.runtime.outputs import FinishReason
 from apar.runtime.preemption import Preemption
@@ -32,6 +33,7 @@ class Lifecycle:
         catching: requests whose branches lack K/V.
         preemption: brings parked branches back when a sibling ends.
         sampler: told of every branch that comes and goes.
+        counters: where births are counted.
         limits: sizes.
     """
 
@@ -46,6 +48,7 @@ class Lifecycle:
         catching: CatchingUp,
         preemption: Preemption,
         sampler: Sampler,
+        counters: SchedulerCounters,
         limits: SchedulerLimits,
     ) -> None:
         self.tokens = tokens
@@ -57,11 +60,10 @@ class Lifecycle:
         self.catching = catching
         self.preemption = preemption
         self.sampler = sampler
+        self.counters = counters
         self.limits = limits
         self.step_index = 0
         """Steps booked so far; branches note in which they ended."""
-        self.forks = 0
-        """Children born so far."""
 
     def start(self, request: Request) -> None:
         """Give a new request its row of arrays and its root branch."""
@@ -116,7 +118,7 @@ class Lifecycle:
         self.requests.live[request.index] += 1
         self.requests.born[request.index] += 1
         self.queues.branches_changed()
-        self.forks += 1
+        self.counters.forks += 1
         return child
 
     def finish_branch(self, branch: Branch, reason: FinishReason, drop_last: bool = False) -> bool:
@@ -171,8 +173,11 @@ class Lifecycle:
             limit = min(limit, branch.start + params.max_branch_tokens)
         self.table.limit[slot] = limit
         levels = max(params.max_depth - branch.depth, 0) if params.fork else 0
+        fork_limit = limit - 3 if levels else NOT_HERE
+        if self.limits.fork_policy == "never":
+            levels, fork_limit = 0, NEVER
         self.table.fork_levels[slot] = levels
-        self.table.fork_limit[slot] = limit - 3 if levels else -1
+        self.table.fork_limit[slot] = fork_limit
 
     def _finish_request(self, request: Request, last_reason: FinishReason) -> None:
         reasons = [branch.finish_reason for branch in request.branches]

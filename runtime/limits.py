@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Literal, get_args
 
 from apar.export.errors import CapacityError
+from apar.runtime.service_level import ServiceLevel
+
+ForkPolicy = Literal["always", "never", "adaptive"]
+FORK_POLICIES: tuple[str, ...] = get_args(ForkPolicy)
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,12 +23,18 @@ class SchedulerLimits:
     max_live_branches: int = 1024
     """Branches alive in the server, those of preempted requests included."""
     prefix_caching: bool = True
+    fork_policy: ForkPolicy = "always"
+    """Who may fork, and who goes first when not all can be served in time (docs/scheduling.md)."""
+    service_level: ServiceLevel = field(default_factory=ServiceLevel)
+    """What `adaptive` keeps to."""
 
     def __post_init__(self) -> None:
         for name in ("max_rows", "max_step_tokens", "max_live_branches"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise CapacityError(f"{name} must be a whole number of at least 1, not {value!r}")
+        if self.fork_policy not in FORK_POLICIES:
+            raise CapacityError(f"fork_policy must be one of {', '.join(FORK_POLICIES)}, not {self.fork_policy!r}")
         if self.max_step_tokens < 2 * self.max_rows:
             raise CapacityError(
                 f"max_step_tokens ({self.max_step_tokens}) must be at least twice max_rows ({self.max_rows}): "

@@ -97,7 +97,7 @@ class Metrics:
 
     def snapshot(self, engine: Engine) -> Snapshot:
         """Everything, with the engine's own gauges."""
-        load = engine.scheduler.load()
+        load, did = engine.scheduler.load(), engine.scheduler.counters
         total = load["kv_blocks_total"]
         references = engine.cache.references
         shared = references[references > 1]
@@ -120,6 +120,10 @@ class Metrics:
             "prefix_cache_hits_total": self.cached_tokens,
             "forks_total": load["forks"],
             "num_preemptions_total": load["preemptions"],
+            "branch_pauses_total": did.pauses,
+            "branches_parked_total": did.parked,
+            "requests_late_total": did.late,
+            **{f'forks_denied_total{{reason="{reason}"}}': count for reason, count in did.forks_denied.items()},
             **{f'request_finished_total{{reason="{reason}"}}': count for reason, count in self.finished.items()},
         }
         result.observations = {

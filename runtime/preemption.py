@@ -6,6 +6,7 @@ from apar.runtime.branch import Request
 from apar.runtime.branch_blocks import BranchBlocks
 from apar.runtime.branch_table import BranchTable
 from apar.runtime.catching_up import CatchingUp
+from apar.runtime.counters import SchedulerCounters
 from apar.runtime.kv_cache import KVCache, KVCacheError
 from apar.runtime.request_queues import RequestQueues
 from apar.runtime.request_table import RequestTable
@@ -21,6 +22,7 @@ class Preemption:
         blocks: of the branches.
         cache: the books of the pool.
         catching: requests whose branches lack K/V.
+        counters: where both are counted.
     """
 
     def __init__(
@@ -31,6 +33,7 @@ class Preemption:
         blocks: BranchBlocks,
         cache: KVCache,
         catching: CatchingUp,
+        counters: SchedulerCounters,
     ) -> None:
         self.queues = queues
         self.table = table
@@ -38,8 +41,7 @@ class Preemption:
         self.blocks = blocks
         self.cache = cache
         self.catching = catching
-        self.count = 0
-        """Requests preempted so far."""
+        self.counters = counters
 
     def relieve(self) -> None:
         """Make room: preempt the youngest request, or park the youngest branch of the only one."""
@@ -53,6 +55,7 @@ class Preemption:
         branch = candidates[-1]
         self.blocks.release(branch, remember=True)
         branch.parked = True
+        self.counters.parked += 1
         self.queues.branches_changed()
         self.catching.settle()
 
@@ -72,7 +75,7 @@ class Preemption:
             branch.parked = False
         self.catching.drop(request)
         request.preemptions += 1
-        self.count += 1
+        self.counters.preemptions += 1
         self.queues.wait(request)
 
     def unpark(self, request: Request) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from bisect import insort
+from bisect import bisect_left, insort
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -25,6 +26,8 @@ class RequestQueues:
         self.waiting: list[Request] = []
         """New requests and preempted ones."""
         self.deadlines = Deadlines()
+        self.num_late = 0
+        """Late requests, waiting and running."""
         self.running: list[Request] = []
         self._rows: IntArray = np.zeros(0, dtype=np.int64)
         self._groups = RowGroups.of(self._rows)
@@ -53,9 +56,37 @@ class RequestQueues:
     def leave(self, request: Request) -> None:
         """Take a request out for good."""
         self.deadlines.discard(request)
+        self.num_late -= request.late
         (self.running if request.state is RequestState.RUNNING else self.waiting).remove(request)
         request.state = RequestState.FINISHED
         self._stale = True
+
+    def set_late(self, request: Request, late: bool) -> None:
+        """Mark a request as late, or as in time again, and move it to its place among the others."""
+        queue = self.running if request.state is RequestState.RUNNING else self.waiting
+        queue.remove(request)
+        self.num_late += late - request.late
+        request.late = late
+        insort(queue, request, key=lambda r: r.sort_key)
+        self._stale = True
+
+    def waiting_in_time(self) -> Iterator[Request]:
+        """Waiting requests of the first priority that are not late; a copy, so that they may be marked."""
+        if not self.waiting:
+            return iter(())
+        return iter(self.waiting[: self._first_late()])
+
+    def oldest_late_waiting(self) -> Request | None:
+        """The oldest late one among the waiting requests of the first priority."""
+        first = self._first_late()
+        if first < len(self.waiting) and self.waiting[first].priority == self.waiting[0].priority:
+            return self.waiting[first]
+        return None
+
+    def _first_late(self) -> int:
+        """Index of the first waiting request that is late or of another priority than the first."""
+        key = (self.waiting[0].priority, True, -1) if self.waiting else (0, True, -1)
+        return bisect_left(self.waiting, key, key=lambda r: r.sort_key)
 
     def branches_changed(self) -> None:
         """To be called when a branch of a running request came, went, was parked or unparked."""

@@ -37,6 +37,15 @@ class RequestTable:
         """Some branch lacks K/V that it needs before all can sample."""
         self.stop_tokens = np.zeros(capacity, dtype=bool)
         """Tokens other than end-of-sequence may end its branches."""
+        self.budget = np.zeros(capacity, dtype=np.int32)
+        """`max_tokens`: what `remaining` began with."""
+        self.prompt = np.zeros(capacity, dtype=np.int32)
+        """Tokens of the prompt."""
+        self.priority = np.zeros(capacity, dtype=np.int64)
+        self.arrived = np.zeros(capacity, dtype=np.float64)
+        """Seconds of the engine's clock."""
+        self.late = np.zeros(capacity, dtype=bool)
+        """`Request.late`."""
 
     @property
     def num_free(self) -> int:
@@ -51,7 +60,11 @@ class RequestTable:
         self.held[index] = self.peak[index] = self.steps[index] = 0
         self.live[index] = self.born[index] = 1
         self.clock[index] = 0
-        self.remaining[index] = params.max_tokens
+        self.remaining[index] = self.budget[index] = params.max_tokens
+        self.prompt[index] = len(request.prompt)
+        self.priority[index] = request.priority
+        self.arrived[index] = request.arrived
+        self.late[index] = request.late
         self.max_branches[index] = min(params.max_branches, max_branches)
         self.catching_up[index] = False
         self.stop_tokens[index] = bool(params.stop_token_ids)

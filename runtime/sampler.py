@@ -97,6 +97,8 @@ class SampleResult:
     """Row -> log-probabilities, for rows that asked and did not fail."""
     failed: tuple[int, ...] = _NO_ROWS
     """Rows, ascending, whose logits are NaN or infinite or whose every token is banned: only they are to fail."""
+    denied: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    """Rows, ascending, in which [Fork] was banned and would otherwise have been the likeliest token."""
 
 
 class Sampler:
@@ -237,7 +239,8 @@ class Sampler:
             wanting = np.flatnonzero(flags & _LOGPROBS)
             raw = logits[wanting]
         # Bans may overwrite a NaN or an infinity, so what they overwrite is looked at before.
-        sound = (logits[:, tokens.child] < np.inf) & (logits[:, tokens.fork] < np.inf)
+        forking = logits[:, tokens.fork].copy()
+        sound = (logits[:, tokens.child] < np.inf) & (forking < np.inf)
         if needs & (_MIN_TOKENS | _BAD_WORDS):
             sound &= logits.max(axis=1) < np.inf
         elif needs & _NO_EOS:
@@ -254,6 +257,7 @@ class Sampler:
         peaks = logits[np.arange(rows), best]
         good = np.isfinite(peaks) & sound
         result = SampleResult(best.astype(np.int32))
+        result.denied = np.flatnonzero(fork_banned & good & (forking > peaks))
         if not good.all():
             failed = np.flatnonzero(~good)
             result.tokens[failed] = FAILED_TOKEN

@@ -21,13 +21,16 @@ import numpy as np
 
 from apar.export.errors import CapacityError
 from apar.export.manifest import TokenIds
+from apar.runtime.adaptive import Adaptive
 from apar.runtime.admission import Admission
 from apar.runtime.booking import Booking, StepReport
 from apar.runtime.branch import Branch, Request, RequestState
 from apar.runtime.branch_blocks import BranchBlocks
 from apar.runtime.branch_table import BranchTable
 from apar.runtime.catching_up import CatchingUp
+from apar.runtime.counters import SchedulerCounters
 from apar.runtime.fork_bans import BoolArray, ForkBans
+from apar.runtime.fork_policy import FirstCome
 from apar.runtime.kv_cache import KVCache, KVCacheError
 from apar.runtime.lifecycle import Lifecycle
 from apar.runtime.limits import SchedulerLimits
@@ -39,6 +42,7 @@ from apar.runtime.row_groups import RowGroups
 from apar.runtime.sampler import Sampler
 from apar.runtime.speculative.speculation import Speculation
 from apar.runtime.step import Int32Array, IntArray
+from apar.runtime.step_cost import StepCost, kv_read
 from apar.runtime.step_writer import Plan, Step, StepWriter
 
 
@@ -50,11 +54,18 @@ class Scheduler:
         max_context: longest path, in tokens.
         cache: the books of the executor's KV pool.
         sampler: told of every branch that comes and goes.
-        limits: sizes.
+        limits: sizes, fork policy, service level.
+        cost: predicts steps for the fork policy `adaptive`.
     """
 
     def __init__(
-        self, tokens: TokenIds, max_context: int, cache: KVCache, sampler: Sampler, limits: SchedulerLimits
+        self,
+        tokens: TokenIds,
+        max_context: int,
+        cache: KVCache,
+        sampler: Sampler,
+        limits: SchedulerLimits,
+        cost: StepCost,
     ) -> None:
         self.cache = cache
         self.limits = limits
@@ -64,17 +75,21 @@ class Scheduler:
         self.blocks = blocks = BranchBlocks(table, requests, cache)
         self.queues = queues = RequestQueues(table)
         self.catching = catching = CatchingUp(table, requests, blocks, limits)
-        self._preemption = Preemption(queues, table, requests, blocks, cache, catching)
-        self._lifecycle = Lifecycle(
-            tokens, self.max_context, queues, table, requests, blocks, catching, self._preemption, sampler, limits
+        self.counters = counters = SchedulerCounters()
+        self.policy = policy = FirstCome(queues, counters, limits)
+        if limits.fork_policy == "adaptive":
+            self.policy = policy = Adaptive(queues, table, requests, cache, catching, counters, limits, cost)
+        self._cost = cost
+        self._preemption = preemption = Preemption(queues, table, requests, blocks, cache, catching, counters)
+        self._lifecycle = lifecycle = Lifecycle(
+            tokens, self.max_context, queues, table, requests, blocks, catching, preemption, sampler, counters, limits
         )
-        self._admission = Admission(queues, table, requests, cache, catching, self._lifecycle, limits)
-        self._fork_bans = ForkBans(table, requests, tokens)
+        self._admission = Admission(queues, table, requests, cache, catching, lifecycle, policy)
+        self._fork_bans = ForkBans(table, requests, tokens, policy, counters)
         self._writer = StepWriter(table, requests, self._fork_bans, limits.max_step_tokens)
         self.speculation: Speculation | None = None
         """Drafts for the rows of steps, where the engine speculates."""
-        self._booking = Booking(table, requests, self._lifecycle, tokens)
-        self._rotation = 0
+        self._booking = Booking(table, requests, lifecycle, tokens)
 
     # ---------------------------------------------------------------- requests in and out
 
@@ -145,12 +160,12 @@ class Scheduler:
     @property
     def forks(self) -> int:
         """Children born so far."""
-        return self._lifecycle.forks
+        return self.counters.forks
 
     @property
     def preemptions(self) -> int:
         """Requests preempted so far."""
-        return self._preemption.count
+        return self.counters.preemptions
 
     def check(self) -> None:
         """Prove the books: blocks, slots, queues. Raises KVCacheError."""
@@ -180,8 +195,12 @@ class Scheduler:
 
     # ---------------------------------------------------------------- the step
 
-    def schedule(self) -> Step | None:
-        """Promise the next step, or None if there is nothing to compute."""
+    def schedule(self, now: float = 0.0) -> Step | None:
+        """Promise the next step, or None if there is nothing to compute.
+
+        `now` is the engine's clock, in seconds; only the fork policy `adaptive` looks at it.
+        """
+        self.policy.begin_step(now)
         self._preemption.feed_starved()
         self._admission.admit()
         while True:
@@ -194,6 +213,21 @@ class Scheduler:
             # Blocks found in the prefix cache may have been all that a request still lacked.
             if not self.catching.settle():
                 self._preemption.relieve()
+
+    def observe(self, step: Step, seconds: float) -> None:
+        """Learn from a step that ran what steps take; `seconds` are the executor's and the sampler's."""
+        if self.limits.fork_policy == "adaptive":
+            self._cost.observe(step.inputs.input_ids.size, kv_read(step.inputs, self.table.block_size), seconds)
+
+    def count_denials(self, slots: IntArray, denied: IntArray) -> None:
+        """Count forks that did not happen, before tokens are booked.
+
+        Args:
+            slots: [n] branches whose bans were given last.
+            denied: indices into `slots` where [Fork] was banned and would have been the likeliest token.
+        """
+        if denied.size:
+            self._fork_bans.count_denials(slots, denied)
 
     def commit(self, step: Step, tokens: Int32Array, failed: Sequence[int] = ()) -> StepReport:
         """Book a step that ran: `tokens` [L] were sampled for `step.sampled`.
@@ -243,9 +277,10 @@ class Scheduler:
         table = self.table
         if self.catching:
             rows = rows[~self.requests.catching_up[table.request[rows]]]
-        seats = self.limits.max_rows - bool(self.catching)
-        if rows.size > seats:
-            rows = self._rotate(rows, seats)
+        seats = self.limits.max_rows - self.policy.kept_seats(len(self.catching))
+        keep = self.policy.take_turns(rows, self.queues.groups_of(rows), seats) if rows.size else None
+        if keep is not None:
+            rows = rows[keep]
         reach = None
         if self.speculation is not None:
             reach = self.speculation.reach(rows)
@@ -276,15 +311,3 @@ class Scheduler:
     def _reserve(self) -> int:
         """Blocks that drafts must leave: prompts and trees being resumed go first."""
         return self.limits.max_step_tokens // self.cache.block_size + 1 if self.catching else 0
-
-    def _rotate(self, rows: IntArray, seats: int) -> IntArray:
-        """Of more rows than a step takes, whole requests from a place that moves on every step."""
-        groups = RowGroups.of(self.table.request[rows])
-        count = groups.starts.size
-        first = self._rotation % count
-        order = np.roll(np.arange(count), -first)
-        taken = int((np.cumsum(groups.sizes[order]) <= seats).sum())
-        self._rotation = first + taken
-        chosen = np.zeros(count, dtype=bool)
-        chosen[order[:taken]] = True
-        return rows[np.repeat(chosen, groups.sizes)]

@@ -13,6 +13,7 @@ from functools import lru_cache
 import numpy as np
 
 from apar.export.manifest import DecoderConfig, Manifest, TokenIds
+from apar.runtime.branch import Branch
 from apar.runtime.executor.base import Executor
 from apar.runtime.executor.tree_mask import visible
 from apar.runtime.sampling_params import SamplingParams
@@ -134,10 +135,15 @@ class PlainBranch:
     reason: str = ""
 
 
-def reference_tree(prompt: list[int], params: SamplingParams, max_context: int) -> PlainBranch:
-    """Decode greedily, one path after the other, with the bans that do not depend on other branches."""
+def reference_tree(
+    prompt: list[int], params: SamplingParams, max_context: int, forks_of: Branch | None = None
+) -> PlainBranch:
+    """Decode greedily, one path after the other, with the bans that do not depend on other branches.
 
-    def decode(path: list[int], depth: int) -> PlainBranch:
+    `forks_of`: fork only where this tree did, too; where it did not, [Fork] was banned because of load.
+    """
+
+    def decode(path: list[int], depth: int, other: Branch | None) -> PlainBranch:
         branch = PlainBranch()
         start = len(path)
         limit = max_context
@@ -149,6 +155,8 @@ def reference_tree(prompt: list[int], params: SamplingParams, max_context: int) 
             deepest = depth >= (params.max_depth if params.fork else 1)
             if path[-1] in (FORK, CHILD) or deepest or len(path) + 3 > limit:
                 values[FORK] = -np.inf
+            if other is not None and other.tokens[len(branch.tokens) : len(branch.tokens) + 1] != [FORK]:
+                values[FORK] = -np.inf
             token = int(values.argmax())
             path = [*path, token]
             if token == EOS:
@@ -159,9 +167,10 @@ def reference_tree(prompt: list[int], params: SamplingParams, max_context: int) 
                 branch.reason = "length"
                 return branch
             if token == FORK:
-                branch.children.append(decode([*path, CHILD], depth + 1))
+                child = None if other is None else other.children[len(branch.children)]
+                branch.children.append(decode([*path, CHILD], depth + 1, child))
 
-    return decode(list(prompt), 1)
+    return decode(list(prompt), 1, forks_of)
 
 
 def count_branches(branch: PlainBranch) -> int:

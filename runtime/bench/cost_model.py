@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from apar.export.errors import RequestError
 from apar.runtime.step import StepInputs
+from apar.runtime.step_cost import Float64Array, StepCost
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +111,14 @@ class CostModel:
         moving = self.moved_bytes(work) / self.memory_bytes_per_second
         return max(moving, self.operations(work) / self.flops_per_second) + self.overhead_seconds
 
+    def predict(self, tokens: npt.ArrayLike, kv: npt.ArrayLike) -> Float64Array:
+        """Duration of steps that compute `tokens` tokens, one a row, and read the K/V of `kv` tokens, elementwise."""
+        tokens, kv = np.asarray(tokens, float), np.asarray(kv, float)
+        moving = (self.weight_bytes + self.kv_bytes_per_token * (kv + tokens)) / self.memory_bytes_per_second
+        computing = (self.flops_per_token * tokens + self.flops_per_pair * kv) / self.flops_per_second
+        seconds: Float64Array = np.maximum(moving, computing) + self.overhead_seconds
+        return seconds
+
     def unloaded_seconds(self, prompt: int, answer: int, max_step_tokens: int) -> float:
         """Latency of a request that is alone and does not fork: prompt in chunks, then a token a step.
 
@@ -118,6 +128,17 @@ class CostModel:
         for end in (*range(max_step_tokens, prompt, max_step_tokens), prompt):
             total += self.seconds(StepWork.one_row((end - 1) % max_step_tokens + 1, end))
         return total + sum(self.seconds(StepWork.one_row(1, prompt + i)) for i in range(1, answer + 1))
+
+
+class ModelStepCost(StepCost):
+    """Predictions of a cost model, for decisions that are to be the same on every machine."""
+
+    def __init__(self, model: CostModel) -> None:
+        self.model = model
+
+    def seconds(self, tokens: npt.ArrayLike, kv: npt.ArrayLike) -> Float64Array:
+        """See StepCost.seconds."""
+        return self.model.predict(tokens, kv)
 
 
 MAY_BE_ZERO = ("overhead_seconds", "flops_per_pair", "kv_bytes_per_token", "weight_bytes", "flops_per_token")

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from apar.export.errors import ExecutorError, RequestError
-from apar.runtime.bench.cost_model import CostModel
+from apar.runtime.bench.cost_model import CostModel, ModelStepCost
 from apar.runtime.bench.virtual_executor import VirtualExecutor
 from apar.runtime.bench.workload import Workload, forks
 from apar.runtime.branch import Request
@@ -23,26 +23,6 @@ from apar.runtime.executor.replay import ReplayExecutor
 from apar.runtime.executor.replay_script import text_tokens
 from apar.runtime.limits import SchedulerLimits
 from apar.runtime.sampling_params import SamplingParams
-
-FORKING: dict[str, dict[str, Any]] = {"always": {"fork": True}, "never": {"fork": False}}
-"""Sampling parameters by the name of a policy. Where a fork is banned, its detail comes inline."""
-
-
-@dataclass(frozen=True, slots=True)
-class ServiceLevel:
-    """What a user puts up with; requests within it count as goodput."""
-
-    first_token_seconds: float = 0.5
-    """From arrival to the first token, at most."""
-    latency_factor: float = 2.5
-    """From arrival to the end, at most this many times what the request takes alone and without forks."""
-
-    def __post_init__(self) -> None:
-        if not (self.first_token_seconds > 0 and self.latency_factor > 0):
-            raise RequestError(
-                "the limits of a service level must be above 0, not "
-                f"{self.first_token_seconds} s and {self.latency_factor}"
-            )
 
 
 @dataclass(slots=True)
@@ -76,10 +56,8 @@ class ReplayBench:
     Args:
         workload: requests and their arrivals.
         model: duration of a step.
-        fork: `always` (wherever the recorded answer has a detail) or `never`.
         kv_blocks, block_size: the KV pool; kv_blocks None: as many as the model says fit.
-        limits: sizes of the scheduler.
-        service_level: what counts as goodput.
+        limits: sizes of the scheduler, its fork policy, and the service level that counts as goodput.
 
     Raises CapacityError, RequestError or ExecutorError if these do not fit together or a tree is malformed.
     """
@@ -89,21 +67,15 @@ class ReplayBench:
         workload: Workload,
         model: CostModel,
         *,
-        fork: str = "always",
         kv_blocks: int | None = None,
         block_size: int = 16,
         limits: SchedulerLimits | None = None,
-        service_level: ServiceLevel | None = None,
     ) -> None:
-        if fork not in FORKING:
-            raise RequestError(f"fork is {fork!r}, it must be one of {', '.join(FORKING)}")
         if block_size < 1:
             raise RequestError(f"block_size must be at least 1, not {block_size}")
         self.workload = workload
         self.model = model
-        self.fork = fork
         self.limits = limits or SchedulerLimits()
-        self.service_level = service_level or ServiceLevel()
         self.block_size = block_size
         self.kv_blocks = model.kv_pool_tokens // block_size if kv_blocks is None else kv_blocks
         context = workload.longest_path
@@ -115,17 +87,16 @@ class ReplayBench:
         replay = ReplayExecutor(workload.trees, num_blocks=self.kv_blocks, block_size=block_size, max_context=context)
         self._replay = replay
         self.executor = VirtualExecutor(replay, model)
-        self.engine = self.executor.engine = Engine(self.executor, self.limits)
+        self.engine = self.executor.engine = Engine(
+            self.executor, self.limits, clock=lambda: self.executor.now, step_cost=ModelStepCost(model)
+        )
         self.replies: list[Reply] = []
         self._params = SamplingParams(
             max_tokens=2**30,
             max_branches=1 + max(forks(tree) for tree in workload.trees),
             seed=0,
-            **FORKING[fork],
         )
         self._open: dict[str, Reply] = {}
-        self._silent: list[Reply] = []
-        """Replies without a first token, in the order of arrival, in which requests are admitted."""
 
     def run(self, progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
         """Replay everything and return the result (see `_result`); `progress` gets replies done and their number.
@@ -162,11 +133,10 @@ class ReplayBench:
         tree = self.workload.order[index]
         name = str(index)
         # Another salt for every request: the prefix cache finds nothing of one prompt in another.
-        request = self.engine.submit(name, self._replay.replay_prompt(tree, index), self._params)
+        request = self.engine.submit(name, self._replay.replay_prompt(tree, index), self._params, arrived=arrived)
         reply = Reply(request, tree, arrived, text_tokens(self.workload.trees[tree]))
         self.replies.append(reply)
         self._open[name] = reply
-        self._silent.append(reply)
 
     def _step(self) -> int:
         """Run a step; returns how many replies it finished."""
@@ -174,7 +144,10 @@ class ReplayBench:
         if report is None:
             raise ExecutorError("the scheduler has nothing to do, but replies are open: a defect of the runtime")
         now = self.executor.now
-        self._note_first_tokens()
+        for branch in report.branches:
+            reply = self._open[branch.request.request_id]
+            if reply.first_token < 0:
+                reply.first_token = now
         for request in report.finished:
             reply = self._open.pop(request.request_id)
             reply.finished = now
@@ -187,24 +160,10 @@ class ReplayBench:
                 )
         return len(report.finished)
 
-    def _note_first_tokens(self) -> None:
-        table, now = self.engine.scheduler.table, self.executor.now
-        silent = []
-        for index, reply in enumerate(self._silent):
-            if not reply.request.branches:
-                silent += self._silent[index:]
-                break
-            root = reply.request.root
-            if root.slot < 0 or table.length[root.slot] > root.start:
-                reply.first_token = now
-            else:
-                silent.append(reply)
-        self._silent = silent
-
     def _result(self) -> dict[str, Any]:
         """Everything that was counted, as JSON goes. Times are seconds of the virtual clock."""
         replies, records = self.replies, self.executor.records
-        scheduler = self.engine.scheduler
+        counters = self.engine.scheduler.counters
         seconds = np.array([record.seconds for record in records])
         blocks = np.array([record.blocks for record in records])
         saved = np.array([record.listed - record.blocks for record in records])
@@ -238,12 +197,14 @@ class ReplayBench:
             "tokens_attended": sum(work.pairs for work in works),
             "kv_tokens_of_rows": sum(work.kv_read for work in works),
             "kv_tokens_read": sum(work.kv_read - work.kv_shared * self.model.shared_prefix_reads for work in works),
-            "forks": scheduler.forks,
-            "preemptions": scheduler.preemptions,
+            "forks": counters.forks,
+            "forks_denied": dict(sorted(counters.forks_denied.items())),
+            "pauses": counters.pauses,
+            "preemptions": counters.preemptions,
         }
 
     def _within_service_level(self) -> list[bool]:
-        level, trees = self.service_level, self.workload.trees
+        level, trees = self.limits.service_level, self.workload.trees
         alone: dict[int, float] = {}
         for reply in self.replies:
             if reply.tree not in alone:
@@ -260,12 +221,12 @@ class ReplayBench:
             "concurrency": self.workload.concurrency if self.workload.arrivals is None else None,
             "requests_per_second": self.workload.rate,
             "seed": self.workload.seed,
-            "fork": self.fork,
+            "fork_policy": self.limits.fork_policy,
             "kv_blocks": self.kv_blocks,
             "block_size": self.block_size,
             "max_rows": self.limits.max_rows,
             "max_step_tokens": self.limits.max_step_tokens,
-            "service_level": dataclasses.asdict(self.service_level),
+            "service_level": dataclasses.asdict(self.limits.service_level),
             "cost_model": dataclasses.asdict(self.model),
         }
 

@@ -78,7 +78,7 @@ def show_replay(result: Result, console: Console | None = None) -> None:
     chosen, model = result["settings"], result["settings"]["cost_model"]
     rate = chosen["requests_per_second"]
     load = f"{chosen['concurrency']} in flight" if rate is None else f"{rate:g} a second"
-    title = f"{result['requests']} replies of {chosen['workload']}, {load}, fork {chosen['fork']}"
+    title = f"{result['requests']} replies of {chosen['workload']}, {load}, fork policy {chosen['fork_policy']}"
     table = new_table(escape(title))
     table.add_column()
     for name in ("mean", "p50", "p90", "p99"):
@@ -97,6 +97,7 @@ def show_replay(result: Result, console: Console | None = None) -> None:
     table.add_column(justify="right")
     table.add_column()
     forked = result["step_reduction_forked"]
+    denied = result["forks_denied"]
     for row in (
         ("text tokens", f"{result['tokens']:,d}", f"in {result['steps']:,d} steps of {result['mean_rows']:.1f} rows"),
         ("text tokens / steps of a request", f"{result['step_reduction']:.3f}", f"{result['request_steps']:,d} steps"),
@@ -115,6 +116,8 @@ def show_replay(result: Result, console: Console | None = None) -> None:
         ("tokens attended", f"{result['tokens_attended']:,d}", ""),
         ("K/V tokens read", f"{result['kv_tokens_read']:,d}", f"{result['kv_tokens_of_rows']:,d} row by row"),
         ("forks", f"{result['forks']:,d}", ""),
+        ("forks denied", f"{sum(denied.values()):,d}", ", ".join(f"{name} {n:,d}" for name, n in denied.items())),
+        ("pauses", f"{result['pauses']:,d}", "steps that branches sat out"),
         ("preemptions", f"{result['preemptions']:,d}", ""),
     ):
         table.add_row(*row)

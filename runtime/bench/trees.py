@@ -17,7 +17,6 @@ from apar.export.errors import ExecutorError, RequestError
 from apar.runtime.bench.bandwidth import read_bandwidth, step_weight_bytes
 from apar.runtime.bench.forced_executor import ForcedExecutor, StepRecord
 from apar.runtime.bench.machine import describe_machine, peak_memory
-from apar.runtime.bench.replay import FORKING
 from apar.runtime.bench.workload import Workload, forks
 from apar.runtime.branch import Request
 from apar.runtime.engine import Engine
@@ -75,7 +74,7 @@ class TreesBench:
         self._executor.engine = self._engine
         most = 1 + max(forks(tree) for tree in workload.trees)
         self._params = {
-            mode: SamplingParams(max_tokens=2**30, max_branches=most, seed=0, **FORKING[policy])
+            mode: SamplingParams(max_tokens=2**30, max_branches=most, seed=0, fork=policy == "always")
             for mode, policy in MODES.items()
         }
         self._runs: dict[tuple[str, int], list[_Run]] = {}

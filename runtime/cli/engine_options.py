@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from apar.runtime.cli.parser import Parser, whole
+from apar.runtime.cli.parser import Parser, positive, whole
 
 if TYPE_CHECKING:
     from apar.runtime.limits import SchedulerLimits
@@ -64,6 +64,32 @@ def add_engine_options(parser: Parser, required: bool = True) -> None:
         help=f"tokens in one step; prompts are read in such chunks (default: {DEFAULT_STEP_TOKENS}, or twice "
         "--max-rows where that is more)",
     )
+    add_policy_options(group)
+
+
+def add_policy_options(group: argparse._ArgumentGroup) -> None:
+    """Fork policy and service level."""
+    group.add_argument(
+        "--fork-policy",
+        choices=("always", "never", "adaptive"),
+        default="always",
+        help="who may fork: everybody, nobody, or as far as the service level of all allows (default: always)",
+    )
+    group.add_argument(
+        "--slo-first-token",
+        type=positive,
+        default=0.5,
+        metavar="SECONDS",
+        help="service level: from arrival to the first token (default: 0.5)",
+    )
+    group.add_argument(
+        "--slo-latency",
+        type=positive,
+        default=2.5,
+        metavar="FACTOR",
+        help="service level: from arrival to the end, as a multiple of what the request takes alone and without forks "
+        "(default: 2.5)",
+    )
 
 
 def executor_options(options: argparse.Namespace) -> dict[str, Any]:
@@ -95,6 +121,7 @@ def engine_arguments(options: argparse.Namespace) -> list[str]:
 def scheduler_limits(options: argparse.Namespace, *, prefix_caching: bool = True) -> SchedulerLimits:
     """Sizes of the scheduler. Raises CapacityError where they do not fit together."""
     from apar.runtime.limits import SchedulerLimits
+    from apar.runtime.service_level import ServiceLevel
 
     rows = options.max_rows
     tokens = options.max_step_tokens
@@ -103,6 +130,8 @@ def scheduler_limits(options: argparse.Namespace, *, prefix_caching: bool = True
         max_step_tokens=max(DEFAULT_STEP_TOKENS, 2 * rows) if tokens is None else tokens,
         max_live_branches=max(1024, 4 * rows),
         prefix_caching=prefix_caching,
+        fork_policy=options.fork_policy,
+        service_level=ServiceLevel(options.slo_first_token, options.slo_latency),
     )
 
 

@@ -212,6 +212,9 @@ def _parameters(options: argparse.Namespace, directory: Path, limits: Any) -> di
         "max_rows": str(limits.max_rows),
         "max_step_tokens": str(limits.max_step_tokens),
         "max_live_branches": str(limits.max_live_branches),
+        "fork_policy": limits.fork_policy,
+        "slo_first_token": str(limits.service_level.first_token_seconds),
+        "slo_latency": str(limits.service_level.latency_factor),
         "max_requests": str(options.max_requests + ENGINE_MARGIN),
     }
     found = executor_options(options)

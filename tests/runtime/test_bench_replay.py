@@ -11,11 +11,12 @@ import pytest
 
 from apar.export.errors import AparError, RequestError
 from apar.runtime.bench.cost_model import CostModel, StepWork, load_cost_model
-from apar.runtime.bench.replay import ReplayBench, ServiceLevel
+from apar.runtime.bench.replay import ReplayBench
 from apar.runtime.bench.workload import Workload, forks, plan_workload, poisson
 from apar.runtime.cli import main
 from apar.runtime.executor.replay_script import text_tokens
-from apar.runtime.limits import SchedulerLimits
+from apar.runtime.limits import ForkPolicy, SchedulerLimits
+from apar.runtime.service_level import ServiceLevel
 from apar.runtime.step import StepInputs
 
 Trees = list[dict[str, Any]]
@@ -39,6 +40,8 @@ UNIT = CostModel(
     kv_pool_tokens=4096,
 )
 """A second is a byte: every duration is a whole number that can be worked out by hand."""
+
+POLICIES: tuple[ForkPolicy, ...] = ("always", "never")
 
 
 def replay(
@@ -170,12 +173,12 @@ class TestLoad:
     def test_goodput(self) -> None:
         alone = UNIT.unloaded_seconds(20, 6, 1024)
         level = ServiceLevel(first_token_seconds=1500.0, latency_factor=1.5)
-        result, _ = replay(PLAIN, order=[0, 0], arrivals=[0.0, 1.0], service_level=level)
+        result, _ = replay(PLAIN, order=[0, 0], arrivals=[0.0, 1.0], limits=SchedulerLimits(service_level=level))
         assert result["goodput"] == {"requests_per_second": 1 / result["duration"], "share": 0.5}
         strict = ServiceLevel(first_token_seconds=1e9, latency_factor=0.99)
-        assert replay(PLAIN, service_level=strict)[0]["goodput"]["share"] == 0
+        assert replay(PLAIN, limits=SchedulerLimits(service_level=strict))[0]["goodput"]["share"] == 0
         exact = ServiceLevel(first_token_seconds=1e9, latency_factor=1.0)
-        result, _ = replay(PLAIN, service_level=exact)
+        result, _ = replay(PLAIN, limits=SchedulerLimits(service_level=exact))
         assert result["goodput"]["requests_per_second"] == 1 / alone
 
     def test_poisson(self) -> None:
@@ -205,10 +208,10 @@ class TestBooks:
     @pytest.mark.parametrize("blocks", [1000, 31])
     def test_never_says_the_same(self, blocks: int) -> None:
         order = [index % 4 for index in range(24)]
-        found = {
-            fork: replay(MIXED, order=order, concurrency=8, fork=fork, kv_blocks=blocks) for fork in ("always", "never")
-        }
-        always, never = (found[fork][0] for fork in ("always", "never"))
+        always, never = (
+            replay(MIXED, order=order, concurrency=8, limits=SchedulerLimits(fork_policy=policy), kv_blocks=blocks)[0]
+            for policy in POLICIES
+        )
         assert always["tokens"] == never["tokens"] == sum(text_tokens(MIXED[i]) for i in order)
         assert never["forks"] == 0 and always["forks"] == sum(forks(MIXED[i]) for i in order)
         assert never["request_steps"] == never["tokens"] + len(order)
@@ -295,7 +298,7 @@ class TestErrors:
             with pytest.raises(RequestError):
                 plan_workload(source, **options)
         workload = plan_workload(source)
-        for bench in ({"fork": "sometimes"}, {"kv_blocks": 3}, {"block_size": 0}):
+        for bench in ({"kv_blocks": 3}, {"block_size": 0}):
             with pytest.raises(RequestError):
                 ReplayBench(workload, UNIT, **bench)
         with pytest.raises(RequestError, match="service level"):
@@ -308,7 +311,8 @@ class TestErrors:
             (["--requests-per-second", "0"], "is not above 0"),
             (["--requests-per-second", "x"], "is not a number"),
             (["--requests-per-second", "1", "--concurrency", "1"], "not allowed with"),
-            (["--fork", "maybe"], "invalid choice"),
+            (["--fork-policy", "maybe"], "invalid choice"),
+            (["--slo-latency", "0"], "is not above 0"),
             (["--cost-model", "no-such"], "no cost model"),
             (["--max-rows", "8", "--max-step-tokens", "4"], "at least twice max_rows"),
         ],
@@ -326,7 +330,7 @@ class TestCommand:
         assert "it does not measure a GPU" in " ".join(capsys.readouterr().out.split())
 
     def test_json_and_table(self, trees_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        arguments = ["bench", "replay", "--trees", str(trees_file), "--requests", "9", "--fork", "never"]
+        arguments = ["bench", "replay", "--trees", str(trees_file), "--requests", "9", "--fork-policy", "never"]
         assert main([*arguments, "--requests-per-second", "30", "--json"]) == 0
         result = json.loads(capsys.readouterr().out)
         assert result["requests"] == 9 and result["forks"] == 0
@@ -334,7 +338,7 @@ class TestCommand:
         assert result["settings"]["cost_model"]["name"] == "7b-h200"
         assert main([*arguments, "--concurrency", "3"]) == 0
         out = capsys.readouterr().out
-        assert "9 replies of some, 3 in flight, fork never" in out and "within the service level" in out
+        assert "9 replies of some, 3 in flight, fork policy never" in out and "within the service level" in out
 
 
 def fields(model: CostModel) -> dict[str, Any]:

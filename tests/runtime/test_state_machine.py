@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from drafting import RandomDrafter, random_tree, speculate
 from hypothesis import HealthCheck, settings
@@ -21,9 +22,18 @@ from apar.runtime.branch import Request, RequestState
 from apar.runtime.engine import Engine
 from apar.runtime.limits import SchedulerLimits
 from apar.runtime.sampling_params import SamplingParams
+from apar.runtime.service_level import ServiceLevel
+from apar.runtime.step_cost import Float64Array, StepCost
 
 CONTEXT = 64
 HEADS = [np.random.default_rng(seed).integers(3, 20, size=20).tolist() for seed in range(3)]
+
+
+class SlowSteps(StepCost):
+    """A step takes a second, and another one for every four tokens: soon too long for a service level."""
+
+    def seconds(self, tokens: npt.ArrayLike, kv: npt.ArrayLike) -> Float64Array:
+        return 1.0 + 0.25 * np.asarray(tokens, dtype=float)
 
 
 class BranchesAndBlocks(RuleBasedStateMachine):
@@ -41,16 +51,28 @@ class BranchesAndBlocks(RuleBasedStateMachine):
         caching=st.booleans(),
         drafts=st.none()
         | st.tuples(st.integers(1, 40), st.sampled_from([0.3, 0.8, 1.0]), st.sampled_from([4, 16, 200])),
+        adaptive=st.booleans(),
     )
     def start(
-        self, block_size: int, spare: int, rows: int, caching: bool, drafts: tuple[int, float, int] | None
+        self,
+        block_size: int,
+        spare: int,
+        rows: int,
+        caching: bool,
+        drafts: tuple[int, float, int] | None,
+        adaptive: bool,
     ) -> None:
         limits = SchedulerLimits(
-            max_rows=rows, max_step_tokens=2 * rows + 5, max_live_branches=3 * rows + 20, prefix_caching=caching
+            max_rows=rows,
+            max_step_tokens=2 * rows + 5,
+            max_live_branches=3 * rows + 20,
+            prefix_caching=caching,
+            fork_policy="adaptive" if adaptive else "always",
+            service_level=ServiceLevel(first_token_seconds=8.0, latency_factor=1.5),
         )
         self.executor = PathExecutor(CONTEXT // block_size + spare, block_size, CONTEXT)
         self.now = 0.0
-        self.engine = Engine(self.executor, limits, clock=lambda: self.now)
+        self.engine = Engine(self.executor, limits, clock=lambda: self.now, step_cost=SlowSteps())
         if drafts is not None:
             nodes, chance, step_tokens = drafts
             tree = random_tree(np.random.default_rng(nodes), nodes)
@@ -143,8 +165,12 @@ class BranchesAndBlocks(RuleBasedStateMachine):
             )
             if disturbed or not request.branches:
                 continue
+            context = min(CONTEXT, self.engine.scheduler.max_context)
+            # Load may deny a fork; nothing else of an answer may depend on it.
+            denied = self.engine.scheduler.counters.forks_denied
+            by_load = denied.get("blocks", 0) + denied.get("rows", 0)
             assert shape(request.root) == shape(
-                reference_tree(prompt, params, min(CONTEXT, self.engine.scheduler.max_context))
+                reference_tree(prompt, params, context, request.root if by_load else None)
             )
 
 
@@ -172,6 +198,7 @@ def test_a_million_operations() -> None:
             int(random.choice([3, 8, 40])),
             bool(random.integers(2)),
             (int(random.integers(1, 41)), float(random.choice([0.3, 0.8, 1.0])), int(random.choice([4, 16, 200]))),
+            bool(random.integers(2)),
         )
         scheduler = machine.engine.scheduler
         for _ in range(400):

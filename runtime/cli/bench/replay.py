@@ -7,7 +7,12 @@ from typing import Any
 
 from apar.export.errors import RequestError
 from apar.runtime.cli.bench.progress import show_progress
-from apar.runtime.cli.engine_options import DEFAULT_ROWS, DEFAULT_STEP_TOKENS, scheduler_limits
+from apar.runtime.cli.engine_options import (
+    DEFAULT_ROWS,
+    DEFAULT_STEP_TOKENS,
+    add_policy_options,
+    scheduler_limits,
+)
 from apar.runtime.cli.parser import Parser, positive, whole
 
 DESCRIPTION = """\
@@ -16,9 +21,9 @@ model runs and nothing is timed: a step lasts as long as a cost model says (the 
 and operations / compute rate, plus an overhead), requests arrive in that time, and the same options give the same
 numbers on any machine. So this compares ways to schedule; it does not measure a GPU.
 
-With --fork never the details come inline, so the text is the same. Throughput and steps count text tokens, without
-[Fork], [Child] and ends; step_reduction is text tokens / steps in which their request sampled. Goodput counts requests
-that got their first token and their end within the limits below.
+With --fork-policy never the details come inline, so the text is the same. Throughput and steps count text tokens,
+without [Fork], [Child] and ends; step_reduction is text tokens / steps in which their request sampled. Goodput counts
+requests that got their first token and their end within the service level.
 """
 
 
@@ -46,9 +51,6 @@ def add_options(parser: Parser) -> None:
         help="how many, over the answers again and again (default: each once, but four times --concurrency at least)",
     )
     load.add_argument("--seed", type=whole(0), default=0, metavar="S", help="of the order and the arrivals")
-    load.add_argument(
-        "--fork", choices=["always", "never"], default="always", help="whether details become branches or come inline"
-    )
     server = parser.add_argument_group("server")
     server.add_argument(
         "--kv-blocks", type=whole(1), metavar="B", help="blocks in the KV pool (default: what the cost model says fits)"
@@ -70,23 +72,13 @@ def add_options(parser: Parser) -> None:
         help="what a step costs: 7b-h200 (Llama 7B in bfloat16 on one H200), or a JSON object with any of its fields, "
         "which are in the output of --json",
     )
-    level = parser.add_argument_group("what counts as goodput")
-    level.add_argument(
-        "--slo-first-token", type=positive, default=0.5, metavar="SECONDS", help="from arrival to the first token"
-    )
-    level.add_argument(
-        "--slo-latency",
-        type=positive,
-        default=2.5,
-        metavar="FACTOR",
-        help="from arrival to the end, as a multiple of what the request takes alone and without forks",
-    )
+    add_policy_options(server)
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """The result, as `--json` prints it."""
     from apar.runtime.bench.cost_model import load_cost_model
-    from apar.runtime.bench.replay import ReplayBench, ServiceLevel
+    from apar.runtime.bench.replay import ReplayBench
     from apar.runtime.bench.workload import plan_workload
 
     names = ("requests", "requests_per_second", "concurrency", "seed")
@@ -97,11 +89,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         bench = ReplayBench(
             workload,
             model,
-            fork=options.fork,
             kv_blocks=options.kv_blocks,
             block_size=options.block_size,
             limits=limits,
-            service_level=ServiceLevel(options.slo_first_token, options.slo_latency),
         )
     except RequestError as error:
         options.parser.error(str(error))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from apar.export.errors import AparError
 from apar.runtime.limits import SchedulerLimits
+from apar.runtime.service_level import ServiceLevel
 
 
 class SettingsError(AparError):
@@ -34,7 +36,8 @@ class Settings:
 
 _LIMITS = ("max_rows", "max_step_tokens", "max_live_branches")
 _NUMBERS = (*_LIMITS, "max_requests", "step_timeout_s", "num_blocks", "kv_memory_mb")
-NAMES = ("engine", "executor", "executor_options", "prefix_caching", *_NUMBERS)
+_SECONDS_AND_FACTORS = ("slo_first_token", "slo_latency")
+NAMES = ("engine", "executor", "executor_options", "prefix_caching", "fork_policy", *_SECONDS_AND_FACTORS, *_NUMBERS)
 """Every parameter, by the name it has in config.pbtxt."""
 
 
@@ -63,6 +66,13 @@ def _limits(given: Mapping[str, str], numbers: Mapping[str, int]) -> SchedulerLi
     values.setdefault("max_live_branches", max(defaults.max_live_branches, 4 * rows))
     if "prefix_caching" in given:
         values["prefix_caching"] = _truth("prefix_caching", given["prefix_caching"])
+    if "fork_policy" in given:
+        values["fork_policy"] = given["fork_policy"]
+    level = {name: _number(name, given[name]) for name in _SECONDS_AND_FACTORS if name in given}
+    values["service_level"] = ServiceLevel(
+        level.get("slo_first_token", defaults.service_level.first_token_seconds),
+        level.get("slo_latency", defaults.service_level.latency_factor),
+    )
     return SchedulerLimits(**values)
 
 
@@ -90,6 +100,16 @@ def _whole(name: str, text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 16):
         raise SettingsError(f"{name} is {text[:80]!r}; write a whole number, or nothing for the default")
     return int(text)
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise SettingsError(f"{name} is {text[:80]!r}; write a number above 0, or nothing for the default")
+    return number
 
 
 def _truth(name: str, text: str) -> bool:

@@ -1,0 +1,90 @@
+"""How long a step will take, for those who decide what goes into it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import numpy as np
+import numpy.typing as npt
+
+from apar.runtime.step import StepInputs
+
+Float64Array = npt.NDArray[np.float64]
+
+
+class StepCost(ABC):
+    """Predicts a step's duration from its tokens and from the K/V that it reads."""
+
+    ready: bool = True
+    """Whether predictions mean something yet."""
+
+    @abstractmethod
+    def seconds(self, tokens: npt.ArrayLike, kv: npt.ArrayLike) -> Float64Array:
+        """Duration of steps that compute `tokens` tokens and read the K/V of `kv` tokens, elementwise."""
+
+    def observe(self, tokens: int, kv: int, seconds: float) -> None:  # noqa: B027
+        """Learn from a step that ran."""
+
+
+class FittedStepCost(StepCost):
+    """`seconds = base + a * tokens + b * kv`, fitted to the steps that ran.
+
+    Least squares in which older steps fade: after `MEMORY` further steps one weighs a third. Nothing is predicted
+    before `WARM` steps were seen. A step that took more than three times what was expected (a page fault, another
+    process) counts as three times. Coefficients are never negative: where one would be, it is 0 and the others are
+    fitted without it.
+    """
+
+    WARM = 16
+    MEMORY = 500
+    REFIT = 16
+    """Steps between two solutions of the equations."""
+    SCALE = np.array([1.0, 1e2, 1e4])
+    """Of the unknowns, so that the equations are well conditioned."""
+
+    def __init__(self) -> None:
+        self.ready = False
+        self.coefficients: Float64Array = np.zeros(3)
+        """base, a, b."""
+        self._products: Float64Array = np.zeros((3, 3))
+        self._targets: Float64Array = np.zeros(3)
+        self._seen = 0
+
+    def seconds(self, tokens: npt.ArrayLike, kv: npt.ArrayLike) -> Float64Array:
+        """See StepCost.seconds."""
+        base, per_token, per_kv = self.coefficients
+        predicted: Float64Array = base + per_token * np.asarray(tokens, float) + per_kv * np.asarray(kv, float)
+        return predicted
+
+    def observe(self, tokens: int, kv: int, seconds: float) -> None:
+        """See StepCost.observe."""
+        if self.ready:
+            seconds = min(seconds, 3.0 * float(self.seconds(tokens, kv)))
+        features = np.array([1.0, tokens, kv]) / self.SCALE
+        fade = 1.0 - 1.0 / self.MEMORY
+        self._products = fade * self._products + np.outer(features, features)
+        self._targets = fade * self._targets + seconds * features
+        self._seen += 1
+        if self._seen >= self.WARM and self._seen % self.REFIT == 0:
+            self._fit()
+
+    def _fit(self) -> None:
+        free = [0, 1, 2]
+        solution = np.zeros(3)
+        while free:
+            products = self._products[np.ix_(free, free)]
+            # A little weight on zero where all steps seen were alike and do not tell the unknowns apart.
+            ridge = 1e-6 * np.trace(products) / len(free) * np.eye(len(free))
+            found = np.linalg.solve(products + ridge, self._targets[free])
+            if (found >= 0).all():
+                solution[free] = found
+                break
+            free = [index for index, value in zip(free, found.tolist(), strict=True) if value > 0]
+        self.coefficients = solution / self.SCALE
+        self.ready = bool(solution.any())
+
+
+def kv_read(inputs: StepInputs, block_size: int) -> int:
+    """Tokens whose K/V a step reads: every row its path, blocks that a group of siblings shares once."""
+    rows_after_first = np.diff(inputs.prefix_rows) - 1
+    return int(inputs.kv_len.sum(dtype=np.int64)) - block_size * int(inputs.prefix_blocks @ rows_after_first)
