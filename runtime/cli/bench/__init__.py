@@ -12,6 +12,7 @@ from apar.runtime.cli.parser import Parser
 KINDS = {
     "generate": "an engine on its prompts, without and with branches: steps, time, KV blocks, memory bandwidth",
     "host": "the runtime's own cost a step, without any model",
+    "rows": "how a step's time grows with its rows, beside what the memory's bandwidth allows",
     "trees": "recorded answers on an engine of any shape: what forks save in steps and in time",
     "peers": "a shape on other engines: llama.cpp, OpenVINO, transformers, ONNX Runtime's own kernels",
     "quality": "what quantisation costs: distributions, trees and answers against the float32 engine",
