@@ -1,4 +1,4 @@
-"""Thousands of requests through the gateway, most of them rude: afterwards it serves, holds nothing, and has not grown."""
+"""Thousands of requests, most of them rude: afterwards the gateway serves, holds nothing, and has not grown."""
 
 from __future__ import annotations
 
