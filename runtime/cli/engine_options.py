@@ -110,7 +110,8 @@ def executor_options(options: argparse.Namespace) -> dict[str, Any]:
 
 def engine_arguments(options: argparse.Namespace) -> list[str]:
     """The same options as a command line, for another `apar` command; ENGINE is not among them."""
-    names = ("executor", "graph", "threads", "num_blocks", "kv_memory_mb", "max_rows", "max_step_tokens")
+    names = ["executor", "graph", "threads", "num_blocks", "kv_memory_mb", "max_rows", "max_step_tokens"]
+    names += ["fork_policy", "slo_first_token", "slo_latency"]
     given = [(f"--{name.replace('_', '-')}", getattr(options, name)) for name in names]
     arguments = [str(part) for pair in given if pair[1] is not None for part in pair]
     if options.spinning is not None:

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from apar.runtime.cli import main
+from apar.runtime.cli.engine_options import add_engine_options, engine_arguments
+from apar.runtime.cli.parser import Parser
 
 SMALL = ["--requests", "3", "--streams", "1", "2", "--max-tokens", "12", "--limit", "3", "-q"]
 
@@ -25,6 +27,20 @@ def test_own_service_beside_the_runtime(tiny_engine: Path, capsys: pytest.Captur
         assert 0 < service["first_token_ms"]["p50"] <= service["answer_ms"]["p50"]
         rate = 1 / service["tokens_per_second"] - 1 / runtime["tokens_per_second"]
         assert record["overhead_us_per_token"] == pytest.approx(1e6 * rate)
+
+
+def test_engine_options_reach_the_service() -> None:
+    parser = Parser(prog="test")
+    add_engine_options(parser)
+    given = {"--executor": "onnx", "--graph": "portable", "--threads": "3", "--num-blocks": "7", "--max-rows": "9"}
+    given |= {"--max-step-tokens": "99", "--fork-policy": "adaptive", "--slo-first-token": "2", "--slo-latency": "3"}
+    for more in (["--no-spinning"], ["--spinning", "--kv-memory-mb", "5"]):
+        chosen = {k: v for k, v in given.items() if not ("--kv-memory-mb" in more and k == "--num-blocks")}
+        options = parser.parse_command(["engine", *(part for pair in chosen.items() for part in pair), *more])
+        again = parser.parse_command(["engine", *engine_arguments(options)])
+        assert vars(again) == vars(options)
+    unset = {action.dest for action in parser._actions} - {"help", "engine"}
+    assert unset == {option.removeprefix("--").replace("-", "_") for option in given} | {"kv_memory_mb", "spinning"}
 
 
 def test_nothing_to_measure(capsys: pytest.CaptureFixture[str]) -> None:
