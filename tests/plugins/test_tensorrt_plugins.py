@@ -89,6 +89,52 @@ def test_the_plugins_do_what_tensorrt_asks(
     assert "0 failures" in run(harness, libraries[headers], fake_cuda, tmp_path, env=environment)
 
 
+PACK = """
+import sys
+from pathlib import Path
+from apar.export.manifest import DecoderConfig, Manifest, TensorRtEngine, TokenIds
+from apar.export.tensorrt_engine import _pack_kernels
+
+decoder = DecoderConfig(10, 64, 1, 1, 1, 64, 64, 1e-5, 64, (1.0,) * 32)
+manifest = Manifest(decoder, TokenIds(1, 2, (3,)), 16, dtype="float16")
+_pack_kernels(manifest, TensorRtEngine("", "9.0", "", 1, 2, 3, 4, 5, 0.9), Path(sys.argv[1]))
+"""
+
+
+@with_headers
+@pytest.mark.slow
+def test_the_kernels_of_an_engine_are_found(libraries: dict[Path, Path], fake_cuda: Path, tmp_path: Path) -> None:
+    """Compiled by Triton for a real GPU, as the builder does, and looked up by the plugins."""
+    pytest.importorskip("triton")
+    table, harness = tmp_path / "apar_gpu.table", tmp_path / "harness"
+    run(sys.executable, "-c", PACK, table)
+    headers = HEADERS[0]
+    run(CXX, *FLAGS, "-rdynamic", *includes(headers), "-o", harness, SOURCES / "harness.cpp", "-ldl")
+    environment = {"APAR_CUDA_DRIVER": str(fake_cuda), "APAR_GPU_TABLE": ""}
+    assert "0 failures" in run(harness, libraries[headers], fake_cuda, tmp_path, table, env=environment)
+
+
+def test_the_plugins_know_every_argument_of_the_kernels() -> None:
+    pytest.importorskip("triton")
+    from apar.plugins.gpu.builds import ARGUMENTS, KINDS, Choice
+
+    header = (PLUGINS / "gpu" / "launch_table.h").read_text(encoding="utf-8")
+    codes = {name: int(code) for name, code in re.findall(r"APAR_GPU_(\w+) = (\d+)", header)}
+
+    def known(source: str) -> set[int]:
+        text = (PLUGINS / "tensorrt" / source).read_text(encoding="utf-8")
+        sizes = (PLUGINS / "tensorrt" / "kernels.cpp").read_text(encoding="utf-8").partition("set_sizes")[2]
+        found = {codes[name] for name in re.findall(r"set(?:_float)?\(APAR_GPU_(\w+),", text + sizes)}
+        return found | {codes["NULL"], codes["LAYER_STRIDE"]}
+
+    seen = set()
+    for build in Choice(["float16"], [64], [16], checked=True).builds():
+        seen.add(KINDS[build.kind])
+        wanted = {ARGUMENTS[name][0] for name in build.parameters}
+        assert wanted <= known("fork_plan.cpp" if build.kind == "plan" else "fork_attention.cpp"), build.kind
+    assert {codes[k] for k in ("COPY_READ", "COPY_WRITE", "ROPE_WRITE", "PLAN", "ATTEND", "MERGE")} <= seen
+
+
 @with_headers
 @pytest.mark.slow
 def test_a_library_of_another_major_is_refused_with_a_sentence(

@@ -1,6 +1,8 @@
 // Drives the plugin library as TensorRT does, over a mock registry and a double of the CUDA driver.
 //
-//   harness PLUGINS.so FAKE_CUDA.so FOLDER   (FAKE_CUDA.so is also what APAR_CUDA_DRIVER names)
+//   harness PLUGINS.so FAKE_CUDA.so FOLDER [TABLE]   (FAKE_CUDA.so is also what APAR_CUDA_DRIVER names)
+//
+// With a TABLE of real kernels (float16, head_dim 64, block_size 16, compute capability 9.0), only that they are found.
 #include <dlfcn.h>
 
 #include <cstdio>
@@ -554,9 +556,27 @@ void collectives() {
   }
 }
 
+void real_table(void* plugins, const char* table) {
+  const char* problem = of<const char* (*)(const char*)>(plugins, "apar_tensorrt_add_kernels")(table);
+  std::printf("%s\n", problem != nullptr ? problem : "the table is read");
+  EXPECT(problem == nullptr);
+  for (const char* name : {"ForkAttention", "ForkPlan"}) {
+    IPluginV3* loaded = make(name, Attributes(), TensorRTPhase::kRUNTIME);
+    IPluginV3* ready = run_of(loaded)->attachToContext(nullptr);
+    EXPECT(ready != nullptr);
+    delete ready;
+    delete loaded;
+  }
+  Attributes other;
+  other.block_size = 32;
+  IPluginV3* loaded = make("ForkAttention", other, TensorRTPhase::kRUNTIME);
+  EXPECT(run_of(loaded)->attachToContext(nullptr) == nullptr);
+  delete loaded;
+}
+
 }  // namespace
 
-int main(int, char** paths) {
+int main(int count, char** paths) {
   setvbuf(stdout, nullptr, _IOLBF, BUFSIZ);
   void* cuda = dlopen(paths[2], RTLD_NOW);
   void* plugins = dlopen(paths[1], RTLD_NOW);
@@ -567,6 +587,11 @@ int main(int, char** paths) {
   const std::string status = of<const char* (*)()>(plugins, "apar_tensorrt_status")();
   std::printf("TensorRT %d.%d headers: %s\n", NV_TENSORRT_MAJOR, NV_TENSORRT_MINOR, status.c_str());
   if (creator("ForkAttention") == nullptr) return 3;
+  if (count > 4) {
+    real_table(plugins, paths[4]);
+    std::printf("%d failures\n", failures);
+    return failures == 0 ? 0 : 1;
+  }
   creation();
   round_trip();
   formats_and_aliases();
