@@ -103,6 +103,24 @@ install_apar() {
     say "note: built without the native kernels; for the reason run: rm -r ${venv##*/} && pip install -v ."
 }
 
+# fetch_tensorrt_bindings: the genuine Python bindings of TensorRT (2 MB, no TensorRT in them) for tests that hold our
+# calls against them; without them those tests are skipped.
+fetch_tensorrt_bindings() {
+  local version folder found=
+  [ -z "${TENSORRT_BINDINGS_DIR:-}" ] || return 0
+  for version in 10.14.1.48.post1 11.1.0.106; do
+    folder=$venv/tensorrt-bindings/$version
+    if [ ! -d "$folder/tensorrt_bindings" ] &&
+      ! pip_install --no-deps --target "$folder" "tensorrt-cu13-bindings==$version" 2>/dev/null; then
+      say "note: TensorRT's bindings $version cannot be had here; tests that need them are skipped"
+      rm -rf "$folder"
+      continue
+    fi
+    found=${found:+$found:}$folder
+  done
+  export TENSORRT_BINDINGS_DIR=$found
+}
+
 # NVIDIA's Triton server from its wheel, in an environment of its own (.venv-triton). Quick where it is there already;
 # fails with a sentence where it cannot be had.
 install_triton() {

@@ -28,6 +28,9 @@ install_apar "$(digest_of plugins pyproject.toml)" --no-deps -e .
 if [ "$(uname -sm)" = "Linux x86_64" ] && [ -z "${APAR_TRITONSERVER:-}" ]; then
   install_triton # without a server the serving tests would be skipped
 fi
+if [ "$(uname -sm)" = "Linux x86_64" ]; then
+  fetch_tensorrt_bindings
+fi
 unlock_build
 
 lint=passed
