@@ -18,6 +18,14 @@ from apar.runtime.executor.cuda.step_buffers import attention_tensors
 
 
 @dataclass(frozen=True, slots=True)
+class Model:
+    """A manifest and float32 weights by the names of `read_weights`, on the host or on the device already."""
+
+    manifest: Manifest
+    weights: Mapping[str, npt.NDArray[np.float32] | Tensor]
+
+
+@dataclass(frozen=True, slots=True)
 class _Layer:
     input_norm: Tensor
     qkv: Matrix
@@ -43,21 +51,24 @@ class CudaDecoder:
 
     def __init__(
         self,
-        manifest: Manifest,
-        weights: Mapping[str, npt.NDArray[np.float32]],
+        model: Model,
         *,
         device: torch.device,
         dtype: torch.dtype,
         form: str,
         checked: bool,
     ) -> None:
+        manifest, weights = model.manifest, model.weights
         decoder = manifest.decoder
         self.manifest = manifest
         self.device = device
         self.dtype = dtype
 
         def tensor(name: str) -> Tensor:
-            return torch.from_numpy(np.require(weights[name], np.float32, ["C", "W"])).to(device)
+            value = weights[name]
+            if isinstance(value, Tensor):
+                return value.to(device)
+            return torch.from_numpy(np.require(value, np.float32, ["C", "W"])).to(device)
 
         def matrix(name: str, form: str) -> Matrix:
             bias = tensor(f"{name}.bias") if f"{name}.bias" in weights else None

@@ -22,7 +22,7 @@ from apar.plugins.gpu.sizes import LARGE_TILE, SMALL_TILE
 from apar.runtime.executor.base import NO_HEADS_REMEDY, Executor
 from apar.runtime.executor.check import check_step
 from apar.runtime.executor.cuda.buckets import Bucket, Buckets
-from apar.runtime.executor.cuda.decoder import CudaDecoder
+from apar.runtime.executor.cuda.decoder import CudaDecoder, Model
 from apar.runtime.executor.cuda.sampling import TorchLogits
 from apar.runtime.executor.cuda.step_buffers import Layout, StepBuffers
 from apar.runtime.executor.pool import pool_blocks
@@ -61,7 +61,7 @@ class CudaExecutor(Executor):
 
     def __init__(
         self,
-        engine: Path,
+        engine: Path | Model,
         *,
         num_blocks: int | None = None,
         kv_memory_bytes: int | None = None,
@@ -74,7 +74,7 @@ class CudaExecutor(Executor):
         checked: bool = False,
         progress: Progress | None = None,
     ) -> None:
-        """Load an engine directory.
+        """Load an engine directory, or take a model that is in memory.
 
         num_blocks, kv_memory_bytes: size of the KV pool; by default 92 % of the memory that is free in the end.
         dtype: of arithmetic and KV pool; by default that of the engine's weights, bfloat16 where that is float32.
@@ -84,7 +84,8 @@ class CudaExecutor(Executor):
         checked: kernels that check every id (slower); errors are raised after the step.
         Raises EngineError for a damaged engine, ExecutorError for options that do not fit or too little memory.
         """
-        self.manifest = manifest = Manifest.load(engine)
+        model = engine if isinstance(engine, Model) else Model(Manifest.load(engine), read_weights(engine))
+        self.manifest = manifest = model.manifest
         dtype = dtype or (manifest.dtype if manifest.dtype != "float32" else "bfloat16")
         if dtype not in DTYPES:
             raise ExecutorError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
@@ -100,8 +101,7 @@ class CudaExecutor(Executor):
         try:
             with torch.inference_mode():
                 self._decoder = CudaDecoder(
-                    manifest,
-                    read_weights(engine),
+                    model,
                     device=self._device,
                     dtype=self._dtype,
                     form=weights,
@@ -136,6 +136,16 @@ class CudaExecutor(Executor):
             f"({self._decoder.matrix_bytes / 1e9:.2f} GB a step), {len(self._captured)} CUDA graphs, "
             f"{self.num_blocks} blocks of {manifest.block_size} ({pool_bytes / 1e9:.2f} GB)"
         )
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights that every step reads."""
+        return self._decoder.matrix_bytes
+
+    def fill_pools(self) -> None:
+        """Fill the pools with random numbers, for measurements of steps that no prefill came before."""
+        with torch.inference_mode():
+            self._pools.normal_()
 
     def execute(self, inputs: StepInputs) -> Float32Array:
         """See Executor.execute: logits are copied to the host."""

@@ -5,6 +5,7 @@ Triton decides at its first import whether kernels are interpreted or compiled, 
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -13,7 +14,30 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
+<<<<<<< HEAD
 INTERPRETED = ("check_plan", "check_attention", "check_ids", "check_dense", "check_executor", "check_padding")
+=======
+SCRIPT = HERE.parents[2] / "scripts" / "gpu_check.py"
+SECTIONS = [
+    "limits",
+    "kernels",
+    "matrices",
+    "tiny model",
+    "7b layers",
+    "sanitizer",
+    "attention speed",
+    "matrix speed",
+    "host plan",
+    "load 7b",
+    "decode steps",
+    "fork cost",
+    "answers, one at a time",
+    "answers, 64 at a time",
+    "8-bit weights",
+    "flex attention",
+]
+INTERPRETED = ("check_plan", "check_attention", "check_ids", "check_dense", "check_executor")
+>>>>>>> 815d614 (scripts/gpu_check.py: correctness and speed on a GPU box, and a dry run of every section)
 COMPILED = ("check_compiled",)
 
 
@@ -47,6 +71,22 @@ def test_interpreted(name: str) -> None:
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled(name: str) -> None:
     run(name, interpreted=False)
+
+
+@pytest.mark.slow
+def test_gpu_check_runs_dry(tmp_path: Path) -> None:
+    """The command for GPU boxes, every section of it, tiny and on the CPU: so that no slip waits for a GPU."""
+    output = tmp_path / "check.json"
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")} | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, str(SCRIPT), "--dry-run", "-o", str(output)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    report = json.loads(output.read_text(encoding="utf-8"))
+    assert report["failed"] == [] and report["machine"]["dry_run"] is True
+    assert list(report["sections"]) == SECTIONS
+    assert not any("error" in found for found in report["sections"].values())
+    assert report["sections"]["tiny model"]["float32_equal"] == 1
+    assert len(report["sections"]["decode steps"]["rows"]) == 2
 
 
 def test_every_check_is_run() -> None:

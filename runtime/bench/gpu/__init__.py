@@ -1,0 +1,1 @@
+"""What scripts/gpu_check.py runs: correctness on a GPU, then measurements against the card's own limits."""

@@ -1,0 +1,78 @@
+"""The sections of scripts/gpu_check.py, in order: what is wrong is found before anything is timed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from apar.plugins.gpu.kernels.dot import INTERPRETED
+from apar.runtime.bench.gpu import attention, correctness, decoding
+from apar.runtime.bench.gpu.machine import Machine
+from apar.runtime.bench.gpu.report import Report
+from apar.runtime.executor.cuda.executor import CudaExecutor
+
+
+def check(output: Path, only: str, deadline: float, *, dry: bool, script: Path) -> int:
+    """Run the sections whose names begin with `only`; write `output`. Returns the exit status."""
+    if dry != bool(INTERPRETED.value):
+        print("error: a dry run needs TRITON_INTERPRET=1, and a real one must not have it", file=sys.stderr)
+        return 2
+    if not dry and not torch.cuda.is_available():
+        print("error: PyTorch finds no CUDA device; --dry-run tries the script on a CPU", file=sys.stderr)
+        return 2
+    machine = Machine(torch.device("cpu" if dry else "cuda"), dry)
+    report = Report(machine.describe(), deadline)
+    model = decoding.model_7b(machine)
+    loaded: list[CudaExecutor] = []
+
+    def load_model() -> dict[str, Any]:
+        loaded.append(decoding.load(machine, model))
+        return {"detail": loaded[0].detail}
+
+    def with_model(section: Callable[[CudaExecutor], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
+        def run() -> dict[str, Any]:
+            if not loaded:
+                load_model()
+            return section(loaded[0])
+
+        return run
+
+    requests = machine.pick((20, 192), (1, 2))
+    sections: list[tuple[str, float, Callable[[], dict[str, Any]]]] = [
+        ("limits", 0, machine.measure_limits),
+        ("kernels", 0, lambda: correctness.kernels(machine)),
+        ("matrices", 0, lambda: correctness.matrices(machine)),
+        ("tiny model", 30, lambda: correctness.tiny_model(machine)),
+        ("7b layers", 30, lambda: correctness.seven_b(machine)),
+        ("sanitizer", 60, lambda: correctness.sanitizer(machine, script)),
+        ("attention speed", 20, lambda: attention.attention(machine)),
+        ("matrix speed", 10, lambda: decoding.matrices(machine)),
+        ("host plan", 1, lambda: decoding.host_plan(machine)),
+        ("load 7b", 60, load_model),
+        ("decode steps", 10, with_model(lambda e: decoding.decode_steps(machine, e))),
+        ("fork cost", 5, with_model(lambda e: decoding.fork_cost(machine, e))),
+        ("answers, one at a time", 30, with_model(lambda e: decoding.recorded_answers(machine, e, 1, requests[0]))),
+        ("answers, 64 at a time", 60, with_model(lambda e: decoding.recorded_answers(machine, e, 64, requests[1]))),
+        ("8-bit weights", 60, lambda: _after(loaded, lambda: decoding.weight_formats(machine, model))),
+        ("flex attention", 40, lambda: attention.flex_attention(machine)),
+    ]
+    if only == "small kernels":
+        sections = [("small kernels", 0, lambda: correctness.kernels(machine, small=True))]
+        only = ""
+    for name, needs, section in sections:
+        if name.startswith(only):
+            report.run(name, section, needs)
+            report.write(output)
+    print(f"\n{output}: {len(report.sections)} sections, failed: {', '.join(report.failed) or 'none'}")
+    return 1 if report.failed else 0
+
+
+def _after(loaded: list[CudaExecutor], section: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Run a section that needs the memory of the loaded model."""
+    while loaded:
+        loaded.pop().close()
+    return section()
