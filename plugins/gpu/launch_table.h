@@ -12,6 +12,9 @@
  *   4. attend
  *   5. merge                         always: it also writes the zeros of padding tokens
  *
+ * Padding for fixed shapes: slot copies that hold -1 are skipped, groups without rows and rows without tokens are
+ * nothing, tokens of slot -1 get zeros.
+ *
  * qkv, q, pool, attn have the entry's dtype. All pointers must be aligned to 16 bytes. For symbols see fork_attention.h.
  */
 #ifndef APAR_GPU_LAUNCH_TABLE_H_

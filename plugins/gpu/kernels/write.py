@@ -89,7 +89,7 @@ def copy_slots(
     CHECKED: tl.constexpr,
 ):
     """Grid (C, 2 ceil(K / HEADS), layers). SCATTER 0: sources to scratch; then, in a second launch, SCATTER 1:
-    scratch to targets. So every source is read before any target is written."""
+    scratch to targets. So every source is read before any target is written. A pair that holds -1 is skipped."""
     copy = tl.program_id(0)
     chunks = tl.cdiv(num_kv_heads, HEADS)
     part = tl.program_id(1) // chunks
@@ -97,7 +97,11 @@ def copy_slots(
     head = (tl.program_id(1) % chunks) * HEADS + tl.arange(0, HEADS)
     d = tl.arange(0, HEAD_PAD)
     inside = (head < num_kv_heads)[:, None] & (d < HEAD_DIM)[None, :]
-    slot = tl.load(slot_copies + 2 * copy + SCATTER)
+    source = tl.load(slot_copies + 2 * copy)
+    target = tl.load(slot_copies + 2 * copy + 1)
+    if (source == -1) | (target == -1):
+        return
+    slot = target if SCATTER else source
     if CHECKED:
         if (slot < 0) | (slot >= num_blocks * BLOCK_SIZE):
             tl.atomic_or(errors, BAD_COPY)

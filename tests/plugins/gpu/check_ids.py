@@ -40,7 +40,7 @@ def test_bad_ids_are_reported(name: str, place: object, value: int, message: str
     agree(tree.launch(good).out, fork_attention(good, tree.expected_pool, SHAPE), tree.dtype)
 
 
-@pytest.mark.parametrize("copies", [[[0, 128]], [[-1, 3]]])
+@pytest.mark.parametrize("copies", [[[0, 128]], [[-2, 3]]])
 def test_bad_copies_are_reported(copies: list[list[int]]) -> None:
     tree = GpuTree(SHAPE, 8, 1, checked=True)
     tree.grown(8 * 16)

@@ -39,6 +39,9 @@ def random_step(random: np.random.Generator, rows: int, longest: int) -> Arrays:
         shared.append(int((context[first:end].min() + 20) // BLOCK) if random.random() < 0.8 else 0)
     if random.random() < 0.1:
         bounds, shared = [0], []
+    elif random.random() < 0.3:
+        # Groups without rows, as callers with fixed shapes pad.
+        bounds, shared = [*bounds, rows, rows], [*shared, 0, 0]
     step = {
         "query_start": start,
         "kv_len": context + counts,
@@ -115,7 +118,7 @@ def test_every_key_is_read_once(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(6))
 def test_the_device_makes_the_same_plan(seed: int) -> None:
     random = np.random.default_rng(1000 + seed)
-    rows = [1, 2, 9, 300, 33, 64][seed]
+    rows = [1, 2, 9, 130, 33, 64][seed]
     step = random_step(random, rows, 900)
     operator = ForkAttention(
         num_heads=8, num_kv_heads=[8, 2, 1][seed % 3], head_dim=64, block_size=BLOCK, inv_freq=torch.zeros(32)
