@@ -14,9 +14,6 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-<<<<<<< HEAD
-INTERPRETED = ("check_plan", "check_attention", "check_ids", "check_dense", "check_executor", "check_padding")
-=======
 SCRIPT = HERE.parents[2] / "scripts" / "gpu_check.py"
 SECTIONS = [
     "limits",
@@ -36,8 +33,7 @@ SECTIONS = [
     "8-bit weights",
     "flex attention",
 ]
-INTERPRETED = ("check_plan", "check_attention", "check_ids", "check_dense", "check_executor")
->>>>>>> 815d614 (scripts/gpu_check.py: correctness and speed on a GPU box, and a dry run of every section)
+INTERPRETED = ("check_plan", "check_attention", "check_ids", "check_dense", "check_executor", "check_padding")
 COMPILED = ("check_compiled",)
 
 
