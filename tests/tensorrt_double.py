@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
-from export.cpu_graph import for_cpu
+from cpu_graph import for_cpu
 
 SOURCES = Path(__file__).parent / "plugins" / "tensorrt"
 

@@ -9,9 +9,9 @@ import onnx
 import pytest
 import torch
 from checkpoints import VARIANTS, make_checkpoint
-from export.cpu_graph import CpuGraph
+from cpu_graph import CpuGraph
 from onnx import TensorProto
-from runtime.step_builder import random_steps
+from step_builder import random_steps
 
 from apar.export.attention import ELEMENT_KINDS
 from apar.export.checkpoint import Checkpoint

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import VARIANTS, make_checkpoint
+from step_builder import Books, Row, Step, random_steps
 from transformers import LlamaForCausalLM
 
 from apar import plugins
@@ -22,8 +23,6 @@ from apar.export.onnx_engine import build
 from apar.runtime.executor import Executor, load_executor
 from apar.runtime.executor.pool import pool_blocks
 from apar.runtime.executor.threads import default_threads
-
-from .step_builder import Books, Row, Step, random_steps
 
 BLOCKS, SIZE, WORDS = 80, 8, 260
 EXACT = 1e-4

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from step_builder import Books, Branch, Row, Step
 
 from apar.export.errors import ExecutorError
 from apar.runtime.executor.replay import ReplayExecutor
 from apar.runtime.executor.replay_script import CHILD, EOS, FORK, TEXT, load_trees, text_tokens
-
-from .step_builder import Books, Branch, Row, Step
 
 TREES = [
     {"prompt_tokens": 21, "segments": [[5, 9], [3, 0], [4, 17], [1, 1]]},

@@ -16,6 +16,7 @@ import pytest
 import tensorrt_double
 import torch
 from checkpoints import make_checkpoint
+from step_builder import Books, Row, random_steps
 
 from apar.export.errors import BuildError, EngineError, ExecutorError
 from apar.export.manifest import Manifest, TensorRtEngine
@@ -25,8 +26,6 @@ from apar.runtime.executor import load_executor
 from apar.runtime.executor.tensorrt_step import Staging, choose_shape, staging_bytes
 from apar.runtime.llm import LLM
 from apar.runtime.sampling_params import SamplingParams
-
-from .step_builder import Books, Row, random_steps
 
 BLOCKS, SIZE, WORDS = 80, 8, 260
 OPTIONS = TensorRtOptions(block_size=SIZE, max_rows=24, max_tokens=160)
