@@ -74,8 +74,10 @@ def make_plan(
     prefix_begin = starts[first_row] if shared.size else shared
     prefix_tokens = (starts + counts)[end_row - 1] - prefix_begin if shared.size else shared
     prefix_tiles = -(-prefix_tokens // sizes.tile_tokens)
-    for i in range(shared.size):
-        own_begin[first_row[i] : end_row[i]] = keys[i]
+    if shared.size:
+        members = end_row - first_row
+        row = np.arange(int(members.sum())) + np.repeat(first_row - (np.cumsum(members) - members), members)
+        own_begin[row] = np.repeat(keys, members)
 
     # All tiles, prefix tiles first: the row or group each belongs to, and its place in it.
     tile_group = np.repeat(np.arange(shared.size), prefix_tiles)

@@ -16,7 +16,6 @@ from apar.plugins.gpu.plan import make_plan
 from apar.plugins.gpu.sizes import StepSizes
 from apar.runtime.bench.gpu.machine import Machine
 from apar.runtime.bench.gpu.models import RandomWeights, decode_step
-from apar.runtime.bench.replay import FORKING
 from apar.runtime.bench.workload import Workload, forks, plan_workload
 from apar.runtime.engine import Engine
 from apar.runtime.executor.cuda.decoder import Model
@@ -256,7 +255,7 @@ def recorded_answers(machine: Machine, executor: CudaExecutor, concurrency: int,
         )
         engine = Engine(forced, limits)
         most = 1 + max(forks(tree) for tree in workload.trees)
-        params = SamplingParams(max_tokens=2**30, max_branches=most, seed=0, **FORKING[policy])
+        params = SamplingParams(max_tokens=2**30, max_branches=most, seed=0, fork=policy == "always")
         waiting, live = deque(chosen), 0
         steps, tokens, done = 0, 0, 0
         began = time.perf_counter()
