@@ -17,7 +17,8 @@ from apar.runtime.bench.machine import describe_machine
 from apar.runtime.bench.peer_process import PeerProcess, PeerUnavailable
 from apar.runtime.bench.peers import MODULES
 from apar.runtime.bench.peers.protocol import Task
-from apar.runtime.bench.shapes import shape_config, shape_engine, stock_engine
+from apar.runtime.bench.shapes import shape_config, shape_engine
+from apar.runtime.bench.stock_engine import stock_engine
 from apar.runtime.engine_source import cache_directory
 from apar.runtime.executor.threads import default_threads
 

@@ -47,7 +47,7 @@ def bench_layers(
         rows = rng.standard_normal((ROWS, columns), np.float32) * np.float32(STANDARD_DEVIATION)
         for variant in chosen:
             began = perf_counter()
-            bits, size, zeros = BITS[variant.quantize], variant.group_size, variant.zero_points
+            bits, size, zeros = BITS[variant.quantize], variant.group_size or columns, variant.zero_points
             if variant.method == "gptq":
                 quantized = gptq_rows(rows, seen, bits, size, zeros)
             else:

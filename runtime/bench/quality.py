@@ -42,18 +42,19 @@ class Variant:
     quantize: str
     method: str
     group_size: int
+    """0: all of an output channel, which only int8 takes."""
     zero_points: bool = False
 
     @property
     def bits(self) -> float:
         """Bits of one weight in a layer with its share of scale (bfloat16) and zero point (a byte)."""
         bits = {"int8": 8, "int4": 4}[self.quantize]
-        return bits + (16 + 8 * self.zero_points) / self.group_size
+        return bits + (16 + 8 * self.zero_points) / self.group_size if self.group_size else float(bits)
 
 
 def variants(formats: Sequence[str], group_sizes: Sequence[int]) -> list[Variant]:
-    """Both methods, without and with zero points, for each format and group size; int8 only rounded."""
-    found = [Variant("int8", "rtn", size) for size in group_sizes] if "int8" in formats else []
+    """Both methods, without and with zero points, for each format and group size; int8 only rounded, also by rows."""
+    found = [Variant("int8", "rtn", size) for size in (0, *group_sizes)] if "int8" in formats else []
     if "int4" in formats:
         found += [
             Variant("int4", method, size, zero_points)
@@ -149,7 +150,7 @@ class QualityBench:
             settings |= {
                 "quantize": variant.quantize,
                 "quantize_method": variant.method,
-                "group_size": variant.group_size,
+                "group_size": variant.group_size or None,
                 "zero_points": variant.zero_points,
                 "calibration": self._calibration if variant.method == "gptq" else None,
             }

@@ -180,7 +180,7 @@ def _quality(result: Result) -> Section:
     for row in result["engines"]:
         plain = row["quantize"] == "none"
         name = "float32" if plain else f"{row['quantize']} {row['method']}"
-        cells = [name, "" if plain else str(row["group_size"]), "yes" if row["zero_points"] else ""]
+        cells = [name, str(row["group_size"] or ""), "yes" if row["zero_points"] else ""]
         cells += [f"{row['bits']:.2f}", f"{row['prompts']['kl_millinats']:.2f}"]
         cells += [f"{row['answers']['kl_millinats']:.3f}", str(row["same_trees"]), str(row["same_answers"])]
         table.append(cells)

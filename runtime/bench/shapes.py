@@ -105,11 +105,6 @@ def shape_engine(
     return target
 
 
-def stock_engine(engine: Path) -> Path:
-    """An engine whose matrices go through ONNX Runtime's own kernels: every engine's do."""
-    return engine
-
-
 def write_overlapping_checkpoint(directory: Path, config: Mapping[str, Any], seed: int = 0) -> None:
     """Write a checkpoint in bfloat16 whose matrices are pieces of one block of normal numbers; norms are ones."""
     directory.mkdir(parents=True, exist_ok=True)

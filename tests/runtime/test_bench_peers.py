@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from apar.runtime.bench import peer_process
@@ -17,7 +18,9 @@ from apar.runtime.bench.peer_process import PeerProcess, PeerUnavailable
 from apar.runtime.bench.peers import PACKAGES
 from apar.runtime.bench.peers.apar_onnx import AparOnnx
 from apar.runtime.bench.peers.protocol import Task
+from apar.runtime.bench.quality import path_inputs
 from apar.runtime.bench.shapes import shape_config, shape_engine
+from apar.runtime.bench.stock_engine import stock_engine
 from apar.runtime.cli import main
 
 SMALL: dict[str, Any] = {"rows": (1, 3), "context": 24, "steps": 2, "rounds": 2, "layers": 1, "threads": 1}
@@ -76,6 +79,23 @@ def test_apar_rows_are_separate_sequences(tmp_path: Path) -> None:
         alone._executor.execute = lambda inputs, run=run, got=got: got.append(run(inputs).copy())  # type: ignore[method-assign,assignment,func-returns-value]
         alone._run([0], 26)
         assert np.allclose(got[0][0], seen[4][2][row], atol=1e-4)
+
+
+@pytest.mark.parametrize("weights", ["f32", "bf16", "int8", "int4"])
+def test_the_stock_twin_computes_the_same(weights: str, tmp_path: Path) -> None:
+    engine = shape_engine("10m", weights, layers=2)
+    twin = stock_engine(engine)
+    assert stock_engine(engine) == twin
+    operators = [node.op_type for node in onnx.load(twin / "model.onnx", load_external_data=False).graph.node]
+    assert "Linear" not in operators and operators.count("ForkAttention") == 2
+    assert operators.count("MatMulNBits" if weights.startswith("int") else "Gemm") == 9
+    logits = []
+    for directory in (engine, twin):
+        worker = AparOnnx(task(weights, tmp_path, str(directory)))
+        worker.begin(1)
+        logits.append(worker._executor.execute(path_inputs(list(range(5, 25)), 0, 16)).copy())
+    error = np.sqrt(np.mean((logits[0] - logits[1]) ** 2) / np.mean(logits[0] ** 2))
+    assert error < (0.03 if weights.startswith("int") else 0.01)  # of rounding activations differently
 
 
 class Fixed:

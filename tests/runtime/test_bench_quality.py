@@ -24,7 +24,7 @@ def result(tiny_directory: Path) -> dict[str, Any]:
     entries = json.loads((tiny_directory / "heldout.json").read_text(encoding="utf-8"))
     prompts = [entry["messages"] for entry in entries[::24]]
     bench = QualityBench(tiny_directory, prompts, CalibrationText(), 300, "onnx", threads=1, spinning=False)
-    chosen = [Variant("int8", "rtn", 32), Variant("int4", "rtn", 128), Variant("int4", "gptq", 128)]
+    chosen = [Variant("int8", "rtn", 0), Variant("int4", "rtn", 128), Variant("int4", "gptq", 128)]
     return bench.run(chosen)
 
 
@@ -48,7 +48,7 @@ def test_the_float_engine_agrees_with_itself(result: dict[str, Any]) -> None:
 
 
 def test_figures_of_each_engine(result: dict[str, Any]) -> None:
-    assert [row["bits"] for row in result["engines"]] == [32, 9, 4.25, 4.25]
+    assert [row["bits"] for row in result["engines"]] == [32, 8, 4.125, 4.125]
     sizes = [row["weight_bytes"] for row in result["engines"]]
     assert sizes[0] > sizes[1] > sizes[2] == sizes[3]
     for row in result["engines"]:
@@ -72,9 +72,10 @@ def test_a_path_is_computed_as_it_was_decoded(tiny_engine: Path) -> None:
 
 def test_variants() -> None:
     every = variants(("int8", "int4"), (32, 128))
-    assert len(set(every)) == len(every) == 2 + 2 * 4
+    assert len(set(every)) == len(every) == 3 + 2 * 4
     assert {v.method for v in every if v.quantize == "int8"} == {"rtn"}
-    assert Variant("int4", "rtn", 32, True).bits == 4 + 36 / 32
+    assert Variant("int4", "rtn", 32, True).bits == 4 + 24 / 32
+    assert Variant("int8", "rtn", 0).bits == 8
 
 
 def test_layer_errors() -> None:
@@ -94,7 +95,7 @@ def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main([*base, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["bench"], found["checkpoint"], found["calibration"]) == ("quality", "tiny", "calibration.jsonl")
-    assert len(found["engines"]) == 2 and "cpu" in found["machine"]
+    assert len(found["engines"]) == 3 and "cpu" in found["machine"]
     assert main(base) == 0
     assert "int8 rtn" in capsys.readouterr().out
     shape = ["bench", "quality", "--shape", "10m", "--format", "int4", "--group-sizes", "128", "-q"]

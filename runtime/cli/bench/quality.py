@@ -110,7 +110,7 @@ def _engines(result: dict[str, Any]) -> Table:
         plain = row["quantize"] == "none"
         table.add_row(
             "float32" if plain else f"{row['quantize']} {row['method']}",
-            "" if plain else str(row["group_size"]),
+            str(row["group_size"] or ""),
             "yes" if row["zero_points"] else "",
             f"{row['bits']:.2f}",
             f"{row['weight_bytes'] / 1e6:.2f}",
