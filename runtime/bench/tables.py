@@ -50,6 +50,30 @@ def show_steps(result: Result, console: Console) -> None:
     )
 
 
+def show_drafts(result: Result, console: Console | None = None) -> None:
+    """Rules by requests in flight."""
+    console = console or Console(highlight=False)
+    table = new_table(
+        f"{result['method']} drafts, {result['prompts']} prompts, steps bound by memory up to "
+        f"{result['memory_bound_tokens']} tokens"
+    )
+    for name in ("in flight", "drafts", "steps", "tokens a step", "tokens a pass", "accepted", "seconds"):
+        table.add_column(name, justify="left" if name == "drafts" else "right")
+    for run in result["runs"]:
+        table.add_row(
+            str(run["concurrency"]),
+            run["rule"],
+            f"{run['steps']:,d}",
+            f"{run['tokens_per_step']:.2f}",
+            f"{run['tokens_per_pass']:.2f}",
+            f"{run['accepted_share']:.0%}",
+            f"{run['seconds']:.2f}",
+        )
+    console.print(table)
+    console.print("all texts are the same" if result["same_texts"] else "the texts differ")
+    console.print(machine_line(result["machine"]))
+
+
 def show_host(result: Result, console: Console | None = None) -> None:
     """Parts of a step's host cost."""
     console = console or Console(highlight=False)

@@ -44,8 +44,8 @@ def _birth_bounds() -> tuple[IntArray, IntArray]:
             left = gap - np.arange(1, gap + 1, 2)
             births[level, gap] = min(int((1 + births[level - 1, left]).sum()), _FAR)
             tokens[level, gap] = min(int((left + tokens[level - 1, left]).sum()), _FAR)
-    # A gap beyond the table is never certified.
-    births[:, _GAPS] = tokens[:, _GAPS] = _FAR
+    # Beyond the table, a branch that may fork is never certified.
+    births[1:, _GAPS] = tokens[1:, _GAPS] = _FAR
     return births, tokens
 
 
@@ -108,10 +108,11 @@ class Horizon:
         table, requests = self.table, self.requests
         owners, starts = groups.owners, groups.starts
         horizon = requests.clock[owners] + self.max_advance
-        gap = np.minimum(np.repeat(horizon, groups.sizes) - clock, _GAPS)
+        ahead = np.repeat(horizon, groups.sizes) - clock
+        gap = np.minimum(ahead, _GAPS)
         levels = np.minimum(table.fork_levels[rows], _LEVELS)
         births = self._births[levels, gap]
-        tokens = np.add.reduceat(gap + self._birth_tokens[levels, gap], starts)
+        tokens = np.add.reduceat(ahead + self._birth_tokens[levels, gap], starts)
         forkers = np.add.reduceat((levels > 0) + np.where(levels > 1, births, 0), starts)
         # Branches that ran ahead and ended still lived, in plain decoding, at the clock of the slowest.
         skewed = slowest < requests.clock[owners]

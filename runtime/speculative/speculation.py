@@ -76,7 +76,9 @@ class Speculation:
     def draft(self, reach: Reach, pending: Int32Array, max_step_tokens: int) -> RowDrafts | None:
         """Drafts behind the `pending` [R] tokens of each row, within the budget; None where there are none."""
         rows, table, tree = reach.rows, self.table, self.tree
-        if not rows.size:
+        taken = int(pending.sum())
+        budget = min(self._budget(taken, max_step_tokens), max_step_tokens - taken)
+        if not rows.size or budget <= 0:
             return None
         length = table.length[rows]
         # The deepest node is followed by one more token; a branch has no use for more than it may still say.
@@ -84,8 +86,7 @@ class Speculation:
         most = np.minimum(most, self.requests.remaining[table.request[rows]])
         limits = np.minimum(self.drafter.available(rows), tree.upto_depth[np.clip(most - 1, 0, tree.max_depth)])
         limits = np.minimum(limits, table.block_table.shape[1] * table.block_size - length).astype(np.int32)
-        taken = int(pending.sum())
-        sizes = self.budget.sizes(rows, limits, min(self._budget(taken, max_step_tokens), max_step_tokens - taken))
+        sizes = self.budget.sizes(rows, limits, budget)
         if not sizes.any():
             return None
         return RowDrafts(tree, sizes, self.drafter.tokens(rows, sizes), reach.together)
@@ -158,7 +159,9 @@ class Speculation:
             parent = child.parent
             if parent is not None and parent.slot >= 0:
                 self.budget.inherit(child.slot, parent.slot)
-        self.drafter.learn(report, slots, verification.wanted[rows], children)
+        # As many rows as fill a step leave nothing to draft for: heads are not run in vain.
+        going = rows if self._budget(rows.size, rows.size + 1) > 0 else rows[:0]
+        self.drafter.learn(report, verification.slots[going], verification.wanted[going], children)
 
     def counters(self) -> dict[str, int]:
         """Counts for people and metrics."""

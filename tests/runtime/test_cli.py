@@ -398,6 +398,19 @@ class TestBench:
         table, _ = run(capsys, *arguments)
         assert "gain in time / in steps" in table and "% of bandwidth bound" in table
 
+    def test_drafts(self, engine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        prompts = tmp_path / "prompts.txt"
+        prompts.write_text("one\ntwo\nthree\n", encoding="utf-8")
+        arguments = ["bench", "drafts", engine, "--prompts", str(prompts), "--max-tokens", "30", "--draft", "ngram"]
+        arguments += ["--num-speculative-tokens", "4", "--in-flight", "2", *PLAIN]
+        result = json.loads(run(capsys, *arguments, "--json")[0])
+        assert result["same_texts"]
+        assert [item["rule"] for item in result["runs"]] == ["none", "rule", "fixed 1", "fixed 4"]
+        none, rule = result["runs"][:2]
+        assert none["verified"] == none["tokens"] == rule["tokens"] and rule["steps"] <= none["steps"]
+        assert all(item["tokens_per_pass"] <= item["tokens_per_step"] for item in result["runs"])
+        assert "all texts are the same" in run(capsys, *arguments)[0]
+
     def test_forked_replies_are_compared_on_their_own(self, engine: str) -> None:
         from apar.runtime.bench.generate import GenerateBench
         from apar.runtime.executor import load_executor

@@ -11,6 +11,7 @@ from apar.runtime.cli.parser import Parser
 
 KINDS = {
     "generate": "an engine on its prompts, without and with branches: steps, time, KV blocks, memory bandwidth",
+    "drafts": "the draft budget's rule against drafts of fixed size: steps, and passes over the weights",
     "host": "the runtime's own cost a step, without any model",
     "rows": "how a step's time grows with its rows, beside what the memory's bandwidth allows",
     "trees": "recorded answers on an engine of any shape: what forks save in steps and in time",

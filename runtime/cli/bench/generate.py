@@ -56,7 +56,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
     try:
         limits = scheduler_limits(options, prefix_caching=False)
-        prompts = read_prompts(_prompts_file(options))[: options.limit]
+        prompts = read_prompts(prompts_file(options))[: options.limit]
     except RequestError as error:
         options.parser.error(str(error))
     directory = find_engine(options.engine, quiet=options.quiet)
@@ -87,7 +87,8 @@ def show(result: dict[str, Any]) -> None:
     show_generate(result)
 
 
-def _prompts_file(options: argparse.Namespace) -> Path:
+def prompts_file(options: argparse.Namespace) -> Path:
+    """The file of prompts: the one given, or the engine's own. Raises RequestError where there is none."""
     if options.prompts is not None:
         return Path(options.prompts)
     from apar.runtime.engine_source import TINY, tiny_checkpoint
