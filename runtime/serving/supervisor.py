@@ -127,7 +127,7 @@ class Supervisor:
         self.probe.forget()
         async with aiohttp.ClientSession() as session:
             health = await self.probe.check(session, self._process.addresses.http_url)
-        if not health.healthy:
+        if not (health.healthy and health.answered):
             raise ServingError(f"the Triton server is up, but a request for one token failed: {health.detail}")
         self._ready = True
         logger.debug("the server answers after %.1f s", time.monotonic() - began)
@@ -149,8 +149,10 @@ class Supervisor:
                 delay = min(2 * delay, LONGEST_DELAY)
                 try:
                     await self._start_server()
-                except (ServingError, OSError) as error:
+                except ServingError as error:
                     logger.error("%s", error)
+                except Exception:  # whatever it is, trying again is better than a service without a server
+                    logger.exception("the Triton server could not be started")
             logger.warning("the Triton server is back")
 
     async def _watch(self) -> str:

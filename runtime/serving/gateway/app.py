@@ -120,10 +120,7 @@ class Gateway:
             self.metrics.disconnects.inc()
             raise
         except Exception:
-            logger.exception("request %s failed", request_id)
-            response = ApiError(
-                500, "the gateway failed; see its log", kind="server_error", code="internal_error"
-            ).response()
+            response = _failure(request_id).response()
         finally:
             name = route.canonical if route is not None else "other"
             self.metrics.requests.labels(name, str(status)).inc()
@@ -223,8 +220,11 @@ class Gateway:
                         writing = False
                         watch.moved()
                 await answer.write(reply.closing())
-            except TritonError as error:
-                said = from_triton(error)
+            except ConnectionError:
+                raise
+            except Exception as error:
+                # Once a stream has begun, nothing but an event can tell of an error.
+                said = from_triton(error) if isinstance(error, TritonError) else _failure(_request_id.get())
                 await answer.write(b"data: " + json.dumps(said.body()).encode() + b"\n\n")
                 answer.force_close()
             await answer.write_eof()
@@ -277,6 +277,12 @@ class Gateway:
 
 async def _name_server(request: web.Request, response: web.StreamResponse) -> None:
     response.headers["Server"] = "apar"
+
+
+def _failure(request_id: str) -> ApiError:
+    """What a client hears of the exception being handled, a defect of ours; the log has the rest."""
+    logger.exception("request %s failed", request_id)
+    return ApiError(500, "the gateway failed; see its log", kind="server_error", code="internal_error")
 
 
 def _said(error: web.HTTPException, request: web.Request) -> str:
