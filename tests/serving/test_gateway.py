@@ -46,7 +46,7 @@ def strict(tiny_engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     """One with narrow limits and keys."""
     folder = tmp_path_factory.mktemp("strict")
     (folder / "keys").write_text("first-key\nsecond-key\n")
-    limits = ["--max-requests", "2", "--max-body-mb", "0.01", "--deadline", "30"]
+    limits = ["--max-requests", "8", "--max-body-mb", "0.01", "--deadline", "30"]
     with ServedProcess(tiny_engine, folder, "--api-key-file", str(folder / "keys"), *limits) as service:
         yield service
 
@@ -288,18 +288,18 @@ class TestCancellation:
         before = service.metric("apar:generation_tokens_total")
         for stream in (True, False):
             body = {"model": "tiny", "messages": user("Say something."), "max_tokens": 900, "ignore_eos": True}
-            body |= {"stream": stream, "fork": False}
+            body |= {"stream": stream, "fork": False, "n": 8}
             connection = http.client.HTTPConnection(*service.address)
             connection.request("POST", "/v1/chat/completions", json.dumps(body))
             if stream:
                 connection.getresponse().read(300)
-            assert wait_for(lambda: service.metric("apar:num_requests_running") == 1)
+            assert wait_for(lambda: service.metric("apar:num_requests_running") > 0)
             assert connection.sock is not None
             connection.sock.close()
             connection.close()
             assert wait_for(lambda: quiet(service))
-        # Both were cancelled long before their ends.
-        assert service.metric("apar:generation_tokens_total") - before < 1800
+        # Both were cancelled before their ends.
+        assert service.metric("apar:generation_tokens_total") - before < 2 * 8 * 900
         assert service.metric("apar:gateway_answers_in_flight") == 0
 
     def test_leaving_the_loop_over_a_stream_cancels(self, service: ServedProcess, client: openai.OpenAI) -> None:
@@ -328,7 +328,8 @@ class TestLimits:
     def test_too_many_answers(self, strict: ServedProcess) -> None:
         client = strict.client("first-key")
         streams = [
-            client.chat.completions.create(model="tiny", messages=user("Hm?"), stream=True, **ENDLESS) for _ in range(2)
+            client.chat.completions.create(model="tiny", messages=user("Hm?"), stream=True, n=4, **ENDLESS)
+            for _ in range(2)
         ]
         with pytest.raises(openai.RateLimitError) as refused:
             client.completions.create(model="tiny", prompt="a")
@@ -339,7 +340,7 @@ class TestLimits:
         assert wait_for(lambda: strict.metric("apar:gateway_answers_in_flight") == 0)
         assert client.completions.create(model="tiny", prompt="a", max_tokens=1).choices
         with pytest.raises(openai.RateLimitError):
-            client.completions.create(model="tiny", prompt=["a", "b", "c"])
+            client.completions.create(model="tiny", prompt=["a"] * 9)
 
     def test_large_bodies(self, strict: ServedProcess) -> None:
         with pytest.raises(openai.APIStatusError) as refused:
