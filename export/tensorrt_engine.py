@@ -15,6 +15,7 @@ the end, as with every other engine.
 from __future__ import annotations
 
 import json
+import logging
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from apar.export.checkpoint import Checkpoint
 from apar.export.control_tokens import resolve_tokens
 from apar.export.errors import BuildError
 from apar.export.manifest import MANIFEST_NAME, Manifest, TensorRtEngine
+from apar.export.medusa import FOLDER as HEADS_FOLDER
 from apar.export.onnx_engine import installed_version, longest_context
 from apar.export.output_directory import OutputDirectory, sync
 from apar.export.sharding import Shard
@@ -35,6 +37,8 @@ from apar.export.trtllm_config import CONFIG_NAME, engine_config
 from apar.export.typed_graph import KV_BINDINGS
 from apar.plugins.cuda_driver import CudaDevice
 from apar.plugins.gpu.sizes import BLOCK_SIZES, HEAD_DIMS
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 DTYPES = ("float16", "bfloat16")
@@ -112,6 +116,8 @@ def build(
     options.check()
     checkpoint, output = Path(checkpoint), Path(output)
     source = Checkpoint.open(checkpoint, "none")
+    if (checkpoint / HEADS_FOLDER).is_dir():
+        logger.warning("TensorRT engines have no Medusa heads yet; those of %s are left out", checkpoint)
     files = read_tokenizer(tokenizer or checkpoint)
     decoder = replace(source.decoder, max_context=longest_context(source, max_context))
     if decoder.head_dim not in HEAD_DIMS:

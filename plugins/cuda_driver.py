@@ -131,8 +131,12 @@ class CudaDevice:
         self._call("cuStreamBeginCapture_v2", c_void_p(stream), c_uint(_CAPTURE_RELAXED))
         try:
             yield made
-        finally:
-            self._call("cuStreamEndCapture", c_void_p(stream), byref(graph))
+        except BaseException:
+            # What was recorded is worth nothing, and the stream must not stay in this state.
+            if self._lib.cuStreamEndCapture(c_void_p(stream), byref(graph)) == 0 and graph.value is not None:
+                self._lib.cuGraphDestroy(graph)
+            raise
+        self._call("cuStreamEndCapture", c_void_p(stream), byref(graph))
         try:
             self._call("cuGraphInstantiateWithFlags", byref(executable), graph, c_ulonglong(0))
         finally:

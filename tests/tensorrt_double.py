@@ -320,7 +320,7 @@ class IExecutionContext:
     def execute_async_v3(self, stream_handle: int) -> bool:
         assert stream_handle
         DOUBLE.executions += 1
-        if DOUBLE.execution_error:
+        if DOUBLE.execution_error or (DOUBLE.capture_error and DOUBLE.cuda.fake_cuda_capturing()):
             return False
         shapes, addresses = dict(self._shapes), dict(self._addresses)
         if DOUBLE.cuda.fake_cuda_capturing():
@@ -402,7 +402,7 @@ class Double:
     def reset(self) -> None:
         """Forget everything but the driver."""
         self.parser_error = self.build_error = ""
-        self.execution_error = False
+        self.execution_error = self.capture_error = False
         self.configs: list[IBuilderConfig] = []
         self.networks: list[INetworkDefinition] = []
         self.executions = self.layers_run = self.layers_copied = 0

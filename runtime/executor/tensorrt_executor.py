@@ -8,6 +8,7 @@ Decoding steps are padded to buckets; a shape that comes again is captured as a 
 from __future__ import annotations
 
 import collections
+import logging
 import mmap
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +27,8 @@ from apar.runtime.executor.check import check_step
 from apar.runtime.executor.pool import MAX_SLOTS
 from apar.runtime.executor.tensorrt_step import Staging, StepShape, choose_shape, staging_bytes
 from apar.runtime.step import Float32Array, StepInputs
+
+logger = logging.getLogger(__name__)
 
 KERNELS_NAME = "apar_gpu.table"
 _MAX_GRAPHS = 64
@@ -256,8 +259,12 @@ class TensorRtExecutor(Executor):
     def _self_test(self) -> None:
         """A few tokens in the first block: their keys must be in the pools then, and no pool may have been copied."""
         run, copied = self._library.counters()
-        logits = self.execute(_first_step(self._test_tokens))
-        if not np.isfinite(logits).all():
+        tokens = self._test_tokens
+        # A prompt of all but the last, then the last alone: one step of each profile.
+        for first, last in ((0, len(tokens) - 1), (len(tokens) - 1, len(tokens))):
+            logits = self.execute(_first_step(tokens[first:last], first))
+            if np.isfinite(logits).all():
+                continue
             raise ExecutorError(
                 "the engine's first step gives numbers that are not finite; build it with dtype bfloat16"
             )
@@ -319,11 +326,20 @@ class TensorRtExecutor(Executor):
         if count == 1:
             # This run has told TensorRT the shapes; what is recorded now is only what runs.
             self._device.synchronize(self._stream)
+            self._capture(shape, context)
+
+    def _capture(self, shape: StepShape, context: Any) -> None:
+        """Record the step that has just run. Where that is not possible, steps go on without graphs."""
+        try:
             with self._device.capture(self._stream) as made:
                 self._enqueue(context)
-            self._graphs[shape] = made[0]
-            if len(self._graphs) > _MAX_GRAPHS:
-                self._device.destroy_graph(self._graphs.popitem(last=False)[1])
+        except (ExecutorError, PluginError) as error:
+            logger.warning("steps run without CUDA graphs from now on, since one could not be recorded: %s", error)
+            self._use_graphs = False
+            return
+        self._graphs[shape] = made[0]
+        if len(self._graphs) > _MAX_GRAPHS:
+            self._device.destroy_graph(self._graphs.popitem(last=False)[1])
 
     def _enqueue(self, context: Any) -> None:
         if not context.execute_async_v3(self._stream):
@@ -380,16 +396,17 @@ class _Log:
         self.errors.clear()
 
 
-def _first_step(tokens: list[int]) -> StepInputs:
-    """One row of these tokens, in the first slots of the pool."""
+def _first_step(tokens: list[int], first: int) -> StepInputs:
+    """One row of these tokens, in the slots of the pool from `first` on; those before it hold its path."""
     count = len(tokens)
+    places = np.arange(first, first + count, dtype=np.int32)
     return StepInputs(
         input_ids=np.array(tokens, np.int32),
-        position_ids=np.arange(count, dtype=np.int32),
+        position_ids=places,
         query_start=np.array([0, count], np.int32),
-        kv_len=np.array([count], np.int32),
+        kv_len=np.array([first + count], np.int32),
         block_table=np.zeros((1, 1), np.int32),
-        slot_mapping=np.arange(count, dtype=np.int32),
+        slot_mapping=places,
         slot_copies=np.zeros((0, 2), np.int32),
         prefix_rows=np.zeros(1, np.int32),
         prefix_blocks=np.zeros(0, np.int32),

@@ -66,6 +66,8 @@ def choose_shape(inputs: StepInputs, engine: TensorRtEngine) -> StepShape:
     ):
         if size > most:
             raise ExecutorError(f"the step has {size} {name}, the engine was built for {most}")
+    if (inputs.block_table[:, engine.table_width :] >= 0).any():
+        raise ExecutorError(f"a path has more than {engine.table_width} blocks, the most that the engine was built for")
     width = max(1, min(_power(inputs.block_table.shape[1]), engine.table_width))
     groups = inputs.prefix_blocks.size
     decoding = not masked and tokens <= most_tokens(engine, DECODE) and tokens <= 2 * rows

@@ -223,6 +223,29 @@ def test_shapes_that_come_again_are_replayed(
     executor.close()
 
 
+def test_an_engine_that_cannot_be_captured_runs_without_graphs(
+    engine: Path,
+    checkpoint: tuple[Path, torch.nn.Module],
+    double: tensorrt_double.Double,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    double.capture_error = True
+    executor = load_executor(engine, "tensorrt", num_blocks=BLOCKS)
+    replayed = double.cuda.fake_cuda_graphs_launched()
+    books = Books(BLOCKS, SIZE)
+    branch = books.add([5, 6, 7])
+    executor.execute(books.step([Row(branch, 3)]).inputs)
+    for token in range(10, 20):
+        branch.tokens.append(token)
+        step = books.step([Row(branch, 1)])
+        np.testing.assert_allclose(
+            executor.execute(step.inputs), expected(checkpoint[1], step.paths), rtol=0, atol=FLOAT16
+        )
+    executor.close()
+    assert double.cuda.fake_cuda_graphs_launched() == replayed
+    assert caplog.text.count("steps run without CUDA graphs") == 1
+
+
 def test_the_server_loop_runs_on_it(engine: Path, double: tensorrt_double.Double) -> None:
     with LLM(engine, num_blocks=BLOCKS) as llm:  # "auto" finds the executor by the manifest
         [answer] = llm.generate("Hi", SamplingParams(max_tokens=12, seed=1))
@@ -236,6 +259,11 @@ def test_steps_that_are_too_large_are_refused(engine: Path, double: tensorrt_dou
         executor.execute(books.step([Row(books.add([5]), 1) for _ in range(25)]).inputs)
     with pytest.raises(ExecutorError, match="161 tokens"):
         executor.execute(books.step([Row(books.add([5] * 161), 161)]).inputs)
+    books = Books(BLOCKS, SIZE)
+    branch = books.add([5] * 300)
+    with pytest.raises(ExecutorError, match="a path has more than 32 blocks"):
+        for count in (150, 150):
+            executor.execute(books.step([Row(branch, count)]).inputs)
     executor.close()
 
 
