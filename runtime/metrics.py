@@ -124,6 +124,7 @@ class Metrics:
             "branches_parked_total": did.parked,
             "requests_late_total": did.late,
             **{f'forks_denied_total{{reason="{reason}"}}': count for reason, count in did.forks_denied.items()},
+            **self._speculation(engine),
             **{f'request_finished_total{{reason="{reason}"}}': count for reason, count in self.finished.items()},
         }
         result.observations = {
@@ -134,3 +135,15 @@ class Metrics:
             "branch_depth": self.depth.take(),
         }
         return result
+
+    def _speculation(self, engine: Engine) -> dict[str, int]:
+        speculation = engine.scheduler.speculation
+        if speculation is None:
+            return {}
+        did = speculation.counters()
+        lengths = enumerate(speculation.lengths.tolist())
+        return {
+            "spec_decode_num_draft_tokens_total": did["draft_tokens"],
+            "spec_decode_num_accepted_tokens_total": did["accepted_draft_tokens"],
+            **{f'spec_decode_accepted_length_total{{length="{length}"}}': count for length, count in lengths},
+        }

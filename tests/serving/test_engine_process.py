@@ -41,6 +41,8 @@ class Model:
         self.socket.connect(str(folder / "engine.sock"))
         self._decoder = Decoder()
         self._read: list[Message] = []
+        self.numbers: list[Message] = []
+        """What the engine said about itself."""
         self.send({"op": "hello", "role": role, "settings": settings})
         self.hello = self.take()
 
@@ -48,16 +50,28 @@ class Model:
         self.socket.sendall(encode(message))
 
     def take(self) -> Message:
-        """The next message that is not about metrics. Raises ConnectionError when the engine hangs up."""
+        """The next message that is not about numbers. Raises ConnectionError when the engine hangs up."""
         while True:
             while not self._read:
-                data = self.socket.recv(1 << 16)
-                if not data:
-                    raise ConnectionError
-                self._read += self._decoder.feed(data)
+                self._receive()
             message = self._read.pop(0)
             if message.get("op") != "metrics":
                 return message
+            self.numbers.append(message)
+
+    def await_numbers(self) -> Message:
+        """The next numbers, when nothing else is to come."""
+        self._receive()
+        assert all(message.get("op") == "metrics" for message in self._read)
+        self.numbers += self._read
+        self._read = []
+        return self.numbers[-1]
+
+    def _receive(self) -> None:
+        data = self.socket.recv(1 << 16)
+        if not data:
+            raise ConnectionError
+        self._read += self._decoder.feed(data)
 
     def ask(self, number: int, **more: Any) -> None:
         self.send({"op": "generate", "id": number, "text": QUESTION, "params": {"max_tokens": 200}, **more})
@@ -187,12 +201,12 @@ def test_a_connection_that_breaks_ends_its_requests(process: Process) -> None:
     for number in range(20):
         view.ask(number, params={"max_tokens": 400, "ignore_eos": True})
     view.close()
-    owner.socket.settimeout(60)
-    while True:  # its numbers say when nothing is left
-        data = owner.socket.recv(1 << 16)
-        gauges = [message["gauges"] for message in owner._decoder.feed(data) if message.get("op") == "metrics"]
-        if any(not gauge["num_requests_running"] and not gauge["kv_blocks_used"] for gauge in gauges):
-            break
+    end = time.monotonic() + 60
+    name = 'request_errors_total{code="cancelled"}'
+    while sum(numbers["counters"].get(name, 0) for numbers in owner.numbers) < 20:
+        assert time.monotonic() < end
+        gauges = owner.await_numbers()["gauges"]
+    assert gauges["num_requests_running"] == gauges["num_requests_waiting"] == gauges["kv_blocks_used"] == 0
     owner.ask(1)
     assert "final" in owner.take()
 
@@ -209,6 +223,30 @@ def test_a_step_that_hangs_ends_the_process(folder: Path, tiny_engine: Path, tmp
         with pytest.raises(ConnectionError):
             owner.take()
         assert running.process.wait(30) == EXIT_HANGS
+    running.end()
+
+
+def test_drafts_change_nothing_but_the_numbers(folder: Path, tiny_engine: Path, reference: LLM) -> None:
+    (wanted,) = reference.generate([QUESTION], SamplingParams(max_tokens=200))
+    running = Process(folder, engine=str(tiny_engine), draft="ngram", num_blocks="200")
+    with contextlib.closing(running.connect()) as owner:
+        owner.ask(1, stream=True, params={"max_tokens": 200, "logprobs": 0})
+        message: Message = {}
+        text, logprobs = "", 0
+        while "final" not in message:
+            message = owner.take()
+            text += message.get("text", "")
+            logprobs += len(message.get("logprobs", ()))
+        assert text == wanted.text
+        assert message["final"]["steps"] < wanted.timing.steps
+        assert logprobs == sum(len(branch.token_ids) for branch in wanted.branches)
+        owner.await_numbers()
+        owner.await_numbers()  # of after the answer, at the latest
+        totals = {
+            name: sum(numbers["counters"].get(name, 0) for numbers in owner.numbers)
+            for name in ("spec_decode_num_draft_tokens_total", "spec_decode_num_accepted_tokens_total")
+        }
+        assert totals["spec_decode_num_draft_tokens_total"] > totals["spec_decode_num_accepted_tokens_total"] > 0
     running.end()
 
 

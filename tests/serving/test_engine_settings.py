@@ -39,6 +39,8 @@ def test_values() -> None:
             "executor_options": '{"threads": 2}',
             "kv_memory_mb": "3",
             "max_rows": "600",
+            "draft": "ngram",
+            "draft_options": '{"num_speculative_tokens": 3}',
             "prefix_caching": "False",
             "max_requests": "7",
             "step_timeout_s": "0",
@@ -51,6 +53,7 @@ def test_values() -> None:
         2400,
     )
     assert not settings.limits.prefix_caching
+    assert (settings.draft.method, settings.draft.num_speculative_tokens) == ("ngram", 3)
     assert (settings.max_requests, settings.step_timeout_s) == (7, 0)
 
 
@@ -67,6 +70,9 @@ def test_values() -> None:
         ({"max_requests": "0"}, "max_requests is 0, so every request would be refused"),
         ({"prefix_caching": "yes"}, "prefix_caching is 'yes'; write true or false"),
         ({"executor_options": "threads=4"}, "executor_options is no JSON"),
+        ({"draft": "crystal ball"}, "draft method is 'crystal ball', it must be one of none, medusa, ngram"),
+        ({"draft_options": '{"depth": 3}'}, "draft_options has no 'depth'; known are num_speculative_tokens"),
+        ({"draft_options": '{"prompt_lookup_max": 99}'}, "prompt_lookup_max is 99"),
         ({"executor_options": "[1]"}, "executor_options must be a JSON object"),
     ],
 )

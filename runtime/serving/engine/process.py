@@ -70,7 +70,11 @@ class EngineProcess:
             threading.Thread(target=self._guard_loading, name="apar-guard", daemon=True).start()
             started = time.monotonic()
             text = load_text_engine(
-                resolve_engine(settings.engine), settings.executor, settings.limits, **settings.options
+                resolve_engine(settings.engine),
+                settings.executor,
+                settings.limits,
+                draft=settings.draft,
+                **settings.options,
             )
             warm_up(text)
         except AparError as error:

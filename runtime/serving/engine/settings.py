@@ -6,12 +6,13 @@ import difflib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from apar.export.errors import AparError
 from apar.runtime.limits import SchedulerLimits
 from apar.runtime.service_level import ServiceLevel
+from apar.runtime.speculative.options import DraftOptions
 
 
 class SettingsError(AparError):
@@ -27,6 +28,7 @@ class Settings:
     executor: str = "auto"
     options: dict[str, Any] = field(default_factory=dict)
     """Of the executor's constructor."""
+    draft: DraftOptions = field(default_factory=DraftOptions)
     limits: SchedulerLimits = field(default_factory=SchedulerLimits)
     max_requests: int = 512
     """Requests held at once, running and queued; more are refused."""
@@ -37,7 +39,8 @@ class Settings:
 _LIMITS = ("max_rows", "max_step_tokens", "max_live_branches")
 _NUMBERS = (*_LIMITS, "max_requests", "step_timeout_s", "num_blocks", "kv_memory_mb")
 _SECONDS_AND_FACTORS = ("slo_first_token", "slo_latency")
-NAMES = ("engine", "executor", "executor_options", "prefix_caching", "fork_policy", *_SECONDS_AND_FACTORS, *_NUMBERS)
+_TEXTS = ("engine", "executor", "executor_options", "draft", "draft_options", "prefix_caching", "fork_policy")
+NAMES = (*_TEXTS, *_SECONDS_AND_FACTORS, *_NUMBERS)
 """Every parameter, by the name it has in config.pbtxt."""
 
 
@@ -54,7 +57,7 @@ def parse_settings(texts: Mapping[str, str]) -> Settings:
     values.update((name, numbers[name]) for name in ("max_requests", "step_timeout_s") if name in numbers)
     if values.get("max_requests") == 0:
         raise SettingsError("max_requests is 0, so every request would be refused; write a number of at least 1")
-    return Settings(**values, options=_options(given, numbers), limits=_limits(given, numbers))
+    return Settings(**values, options=_options(given, numbers), draft=_draft(given), limits=_limits(given, numbers))
 
 
 def _limits(given: Mapping[str, str], numbers: Mapping[str, int]) -> SchedulerLimits:
@@ -77,16 +80,7 @@ def _limits(given: Mapping[str, str], numbers: Mapping[str, int]) -> SchedulerLi
 
 
 def _options(given: Mapping[str, str], numbers: Mapping[str, int]) -> dict[str, Any]:
-    options: dict[str, Any] = {}
-    if "executor_options" in given:
-        try:
-            options = json.loads(given["executor_options"])
-        except (ValueError, RecursionError) as error:
-            raise SettingsError(
-                f'executor_options is no JSON ({error}); write an object such as {{"threads": 4}}'
-            ) from error
-        if not isinstance(options, dict):
-            raise SettingsError('executor_options must be a JSON object such as {"threads": 4}')
+    options = _object("executor_options", given, '{"threads": 4}')
     if "num_blocks" in numbers and "kv_memory_mb" in numbers:
         raise SettingsError("num_blocks and kv_memory_mb both size the KV pool; write one of them")
     if "num_blocks" in numbers:
@@ -94,6 +88,27 @@ def _options(given: Mapping[str, str], numbers: Mapping[str, int]) -> dict[str, 
     if "kv_memory_mb" in numbers:
         options["kv_memory_bytes"] = numbers["kv_memory_mb"] << 20
     return options
+
+
+def _draft(given: Mapping[str, str]) -> DraftOptions:
+    options = _object("draft_options", given, '{"num_speculative_tokens": 8}')
+    known = [entry.name for entry in fields(DraftOptions) if entry.name != "method"]
+    for name in options:
+        if name not in known:
+            raise SettingsError(f"draft_options has no {name!r}; known are {', '.join(known)}")
+    return DraftOptions(given.get("draft", "none"), **options)
+
+
+def _object(name: str, given: Mapping[str, str], example: str) -> dict[str, Any]:
+    if name not in given:
+        return {}
+    try:
+        value = json.loads(given[name])
+    except (ValueError, RecursionError) as error:
+        raise SettingsError(f"{name} is no JSON ({error}); write an object such as {example}") from error
+    if not isinstance(value, dict):
+        raise SettingsError(f"{name} must be a JSON object such as {example}")
+    return value
 
 
 def _whole(name: str, text: str) -> int:
