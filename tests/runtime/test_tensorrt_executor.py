@@ -405,3 +405,24 @@ def test_padding_is_harmless() -> None:
 def test_profiles_are_ranges(profile: int) -> None:
     for low, usual, high in ranges(replace(FACTS, max_rows=1, max_tokens=2), profile).values():
         assert 1 <= low <= usual <= high
+
+
+# ------------------------------------------------------------------ the check for a machine with a GPU
+
+
+def test_the_check_script_compares_every_step(
+    double: tensorrt_double.Double, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts")
+    import check_tensorrt
+
+    assert check_tensorrt.main(["--max-tokens", "40", "-o", str(tmp_path / "report.json")]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["passed"]
+    assert report["steps"] > 20
+    assert report["steps_with_copies"] > 0
+    assert 0 < report["largest_difference"] < 0.1
+    assert check_tensorrt.main(["--max-tokens", "2", "--tolerance", "0"]) == 1
+    double.parser_error = "Plugin not found"
+    assert check_tensorrt.main([]) == 1
+    assert "Plugin not found" in capsys.readouterr().err
