@@ -75,7 +75,7 @@ def build_with_tensorrt_llm(checkpoint: Checkpoint, facts: TensorRtEngine, *, dt
         network.set_named_parameters(decoder.named_parameters())
         inputs = decoder.prepare_inputs()
         logits, pools = decoder(**inputs)
-        logits.mark_output("logits", trt.float32)
+        logits.mark_output("logits", trt.DataType.FLOAT)
         for layer, pool in enumerate(pools):
             pool.mark_output(f"present_kv_{layer}", _kind(trt, dtype))
     engine = builder.build_engine(network, config)
@@ -85,7 +85,7 @@ def build_with_tensorrt_llm(checkpoint: Checkpoint, facts: TensorRtEngine, *, dt
 
 
 def _kind(trt: Any, dtype: str) -> Any:
-    return {"float16": trt.float16, "bfloat16": trt.bfloat16}[dtype]
+    return {"float16": trt.DataType.HALF, "bfloat16": trt.DataType.BF16}[dtype]
 
 
 def _module(checkpoint: Checkpoint, facts: TensorRtEngine, dtype: str, block_size: int) -> Any:
@@ -172,9 +172,9 @@ def _module(checkpoint: Checkpoint, facts: TensorRtEngine, dtype: str, block_siz
             self.lm_head.weight.value = values(head)
 
         def prepare_inputs(self) -> dict[str, Any]:
-            found = {"input_ids": network_input("input_ids", trt.int32, ("T",))}
-            found |= {name: network_input(name, trt.int32, shape) for name, shape in _STEP.items()}
-            found["logits_rows"] = network_input("logits_rows", trt.int32, ("L",))
+            found = {"input_ids": network_input("input_ids", trt.DataType.INT32, ("T",))}
+            found |= {name: network_input(name, trt.DataType.INT32, shape) for name, shape in _STEP.items()}
+            found["logits_rows"] = network_input("logits_rows", trt.DataType.INT32, ("L",))
             pool = (2, "B", config.num_kv_heads, block_size, config.head_dim)
             for index in range(0 if bound else config.num_layers):
                 found[f"past_kv_{index}"] = network_input(f"past_kv_{index}", _kind(trt, dtype), pool)

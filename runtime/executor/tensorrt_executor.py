@@ -25,6 +25,7 @@ from apar.plugins.cuda_driver import CudaDevice
 from apar.runtime.executor.base import Executor
 from apar.runtime.executor.check import check_step
 from apar.runtime.executor.pool import MAX_SLOTS
+from apar.runtime.executor.tensorrt_self_test import PoolReader, check_pools
 from apar.runtime.executor.tensorrt_step import Staging, StepShape, choose_shape, staging_bytes
 from apar.runtime.step import Float32Array, StepInputs
 
@@ -100,7 +101,9 @@ class TensorRtExecutor(Executor):
             self._load(engine / "rank0.engine")
             self._make_pools(num_blocks, kv_memory_bytes, facts.kv_fraction if kv_fraction is None else kv_fraction)
             self._use_graphs = cuda_graphs
-            self._self_test()
+            layer_bytes = self._block_bytes // self.manifest.decoder.num_layers
+            pools = PoolReader(self._device, self._stream, self._pools, self.num_blocks, layer_bytes)
+            check_pools(self.execute, self.manifest, self._library, pools)
         except PluginError as error:
             self.close()
             raise ExecutorError(f"{engine} cannot be loaded on {self._device.name}: {error}") from error
@@ -256,53 +259,6 @@ class TensorRtExecutor(Executor):
                 self._must(context.set_tensor_address(f"past_kv_{layer}", pool), f"past_kv_{layer}")
                 self._must(context.set_tensor_address(f"present_kv_{layer}", pool), f"present_kv_{layer}")
 
-    def _self_test(self) -> None:
-        """A few tokens in the first block: their keys must be in the pools then, and no pool may have been copied."""
-        run, copied = self._library.counters()
-        tokens = self._test_tokens
-        # A prompt of all but the last, then the last alone: one step of each profile.
-        for first, last in ((0, len(tokens) - 1), (len(tokens) - 1, len(tokens))):
-            logits = self.execute(_first_step(tokens[first:last], first))
-            if np.isfinite(logits).all():
-                continue
-            raise ExecutorError(
-                "the engine's first step gives numbers that are not finite; build it with dtype bfloat16"
-            )
-        run_after, copied_after = self._library.counters()
-        advice = "build the engine again with --kv-binding bound"
-        if run_after == run:
-            raise ExecutorError(
-                "TensorRT did not run the ForkAttention plugin in the engine's first step; build it again"
-            )
-        if copied_after != copied:
-            raise ExecutorError(f"TensorRT {self._trt.__version__} copies the KV pools in every step; {advice}")
-        self._check_landing(advice)
-
-    def _check_landing(self, advice: str) -> None:
-        """The step's tokens are in the first block of every layer and nothing is in the second; then clear them.
-
-        What a block looks like inside is the kernels' own business.
-        """
-        decoder, size = self.manifest.decoder, self.manifest.block_size
-        pool_bytes = self.num_blocks * self._block_bytes // decoder.num_layers
-        blocks = np.empty((min(2, self.num_blocks), decoder.num_kv_heads * size * decoder.head_dim), np.uint16)
-        for layer, pool in enumerate(self._pools):
-            for part, place in (("keys", pool), ("values", pool + pool_bytes // 2)):
-                self._device.to_host(blocks, place, self._stream)
-                self._device.synchronize(self._stream)
-                if not blocks[0].any():
-                    raise ExecutorError(f"the {part} of layer {layer} do not land in the KV pool; {advice}")
-                if blocks[1:].any():
-                    raise ExecutorError(f"the {part} of layer {layer} land in another block; build the engine again")
-            self._device.zero(pool, pool_bytes, self._stream)
-        self._device.synchronize(self._stream)
-
-    @property
-    def _test_tokens(self) -> list[int]:
-        """A few tokens of which not all have an empty embedding."""
-        tokens = self.manifest.tokens
-        return [tokens.eos[0], tokens.fork, tokens.child, self.manifest.decoder.vocab_size // 2]
-
     # ------------------------------------------------------------------ running
 
     def _run(self, shape: StepShape, offsets: Mapping[str, int], logits: int) -> None:
@@ -394,22 +350,3 @@ class _Log:
     def clear(self) -> None:
         """Forget them."""
         self.errors.clear()
-
-
-def _first_step(tokens: list[int], first: int) -> StepInputs:
-    """One row of these tokens, in the slots of the pool from `first` on; those before it hold its path."""
-    count = len(tokens)
-    places = np.arange(first, first + count, dtype=np.int32)
-    return StepInputs(
-        input_ids=np.array(tokens, np.int32),
-        position_ids=places,
-        query_start=np.array([0, count], np.int32),
-        kv_len=np.array([first + count], np.int32),
-        block_table=np.zeros((1, 1), np.int32),
-        slot_mapping=places,
-        slot_copies=np.zeros((0, 2), np.int32),
-        prefix_rows=np.zeros(1, np.int32),
-        prefix_blocks=np.zeros(0, np.int32),
-        tree_mask=np.zeros((count, 0), np.int32),
-        logits_rows=np.array([count - 1], np.int32),
-    )
