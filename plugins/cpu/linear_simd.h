@@ -74,14 +74,15 @@ struct FloatLinear {
     for (int64_t k = first; k < last; ++k) {
       const Element* w = weight + k * kLinearTile * kTogether;
       for (int i = 0; i < kTogether; ++i) {
-        Reg value[kTiles * kVectors];
+        // One weight vector at a time: registers are few.
+        Reg input[N];
+        for (int n = 0; n < N; ++n) input[n] = V::set(x[n][k * kTogether + i]);
         for (int t = 0; t < kTiles; ++t)
-          for (int v = 0; v < kVectors; ++v)
-            value[t * kVectors + v] = F::load(w + t * tile_size + v * W * kTogether, i);
-        for (int n = 0; n < N; ++n) {
-          const Reg input = V::set(x[n][k * kTogether + i]);
-          for (int v = 0; v < kTiles * kVectors; ++v) sum[n][v] = V::fma(input, value[v], sum[n][v]);
-        }
+          for (int v = 0; v < kVectors; ++v) {
+            const Reg value = F::load(w + t * tile_size + v * W * kTogether, i);
+            for (int n = 0; n < N; ++n)
+              sum[n][t * kVectors + v] = V::fma(input[n], value, sum[n][t * kVectors + v]);
+          }
       }
     }
     for (int n = 0; n < N; ++n)
@@ -211,8 +212,8 @@ struct Int4Linear {
   static constexpr int W = V::kWidth, kVectors = kLinearTile / W;
   static constexpr int kMostTokens = V::kIntegerTokens;
 
-  // Groups first .. last - 1 for N tokens; a group has `units` units of kUnit channels.
-  template <int N, int kUnit>
+  // Groups first .. last - 1 for N tokens; a group has `units` units of kUnit channels, one where kSingle.
+  template <int N, int kUnit, bool kSingle>
   static void segment(const LinearCall& call, const uint8_t* weight, int64_t tile, int64_t token, int64_t first,
                       int64_t last, int64_t units, Sums& sums, int64_t at) {
     const int8_t* x[N];
@@ -224,13 +225,14 @@ struct Int4Linear {
     weight += first * units * kUnit / 8 * kLinearTile * 4;
     for (int64_t g = first; g < last; ++g) {
       Reg part[N][kVectors];
-      for (int n = 0; n < N; ++n)
-        for (int v = 0; v < kVectors; ++v) part[n][v] = V::set(0.0f);
+      if (!kSingle)
+        for (int n = 0; n < N; ++n)
+          for (int v = 0; v < kVectors; ++v) part[n][v] = V::set(0.0f);
       const int64_t group = (tile * call.groups + g) * kLinearTile;
       Reg zero[kVectors];
       for (int v = 0; v < kVectors; ++v)
         zero[v] = call.zeros != nullptr ? V::convert(V::widen(call.zeros + group + v * W)) : V::set(8.0f);
-      for (int64_t i = 0; i < units; ++i) {
+      for (int64_t i = 0; i < (kSingle ? 1 : units); ++i) {
         Int sum[N][kVectors];
         for (int n = 0; n < N; ++n)
           for (int v = 0; v < kVectors; ++v) sum[n][v] = V::zero();
@@ -251,7 +253,7 @@ struct Int4Linear {
           const Reg scale = V::set(u[n]->scale), minus = V::set(-u[n]->sum);
           for (int v = 0; v < kVectors; ++v) {
             const Reg exact = V::fma(zero[v], minus, V::convert(V::bytes_sum(sum[n][v])));
-            part[n][v] = V::fma(exact, scale, part[n][v]);
+            part[n][v] = kSingle ? V::mul(exact, scale) : V::fma(exact, scale, part[n][v]);
           }
           x[n] += kUnit;
           ++u[n];
@@ -274,10 +276,12 @@ struct Int4Linear {
       const int64_t last = first + length < call.groups ? first + length : call.groups;
       each_group<kMostTokens>(count, [&](auto size, int64_t at) {
         constexpr int N = decltype(size)::value;
-        if (call.unit == 32) {
-          segment<N, 32>(call, weight, tile, token + at, first, last, call.group_size / 32, sums, at);
+        if (call.unit == 16) {
+          segment<N, 16, true>(call, weight, tile, token + at, first, last, 1, sums, at);
+        } else if (call.group_size == 32) {
+          segment<N, 32, true>(call, weight, tile, token + at, first, last, 1, sums, at);
         } else {
-          segment<N, 16>(call, weight, tile, token + at, first, last, 1, sums, at);
+          segment<N, 32, false>(call, weight, tile, token + at, first, last, call.group_size / 32, sums, at);
         }
       });
     }
