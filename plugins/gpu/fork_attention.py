@@ -11,9 +11,9 @@ from torch import Tensor
 from apar.export.errors import ExecutorError
 from apar.plugins.gpu.kernels import attend, write
 from apar.plugins.gpu.kernels import plan as device_plan
+from apar.plugins.gpu.launch import ATTEND_STAGES, ATTEND_WARPS, DENSE_WARPS, PLAN_WARPS, PLAN_WIDTH
 from apar.plugins.gpu.sizes import BLOCK_SIZES, HEAD_DIMS, HEADS_PER_PROGRAM, KEY_TILE, StepSizes
 
-PLAN_WIDTH = 256
 ERRORS = {
     attend.BAD_BLOCK.value: "block_table names a block that is not in the pool",
     write.BAD_SLOT.value: "slot_mapping names a slot that is not in the pool",
@@ -109,6 +109,7 @@ class ForkAttention:
                 HEADS=HEADS_PER_PROGRAM,
                 SCATTER=scatter,
                 CHECKED=self.checked,
+                num_warps=DENSE_WARPS,
             )
 
     def plan_on_device(self, sizes: StepSizes, step: StepTensors) -> Tensor:
@@ -136,7 +137,7 @@ class ForkAttention:
             int(sizes.splits),
             BLOCK_SIZE=self.block_size,
             WIDTH=PLAN_WIDTH,
-            num_warps=PLAN_WIDTH // 32,
+            num_warps=PLAN_WARPS,
         )
         return plan
 
@@ -170,6 +171,7 @@ class ForkAttention:
             BLOCK_SIZE=self.block_size,
             HEADS=HEADS_PER_PROGRAM,
             CHECKED=self.checked,
+            num_warps=DENSE_WARPS,
         )
         attend.attend[(sizes.items, kv_heads)](
             workspace.q,
@@ -194,6 +196,8 @@ class ForkAttention:
             TILE=sizes.tile,
             KEY_TILE=KEY_TILE,
             CHECKED=self.checked,
+            num_warps=ATTEND_WARPS[sizes.tile],
+            num_stages=ATTEND_STAGES,
         )
         # Also where nothing can be split: padding tokens get their zeros here.
         attend.merge[(sizes.tokens, triton.cdiv(heads, HEADS_PER_PROGRAM))](
@@ -206,6 +210,7 @@ class ForkAttention:
             HEAD_DIM=dim,
             HEAD_PAD=self._pad,
             HEADS=HEADS_PER_PROGRAM,
+            num_warps=DENSE_WARPS,
         )
         return out
 
