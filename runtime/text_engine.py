@@ -106,7 +106,15 @@ class TextEngine:
     def step(self) -> list[Answer]:
         """Run one step; returns the answers that have new events or are finished, each once."""
         touched: dict[Request, Answer] = {}
-        report = self.engine.step(lambda booked: touched.update(self._read(booked)))
+        came: list[float] = []
+
+        def read(booked: StepReport) -> None:
+            # All tokens of a step come at one time, however many rounds its drafts had.
+            if booked.tokens and not came:
+                came.append(self.engine.clock())
+            touched.update(self._read(booked, came[0] if came else 0.0))
+
+        report = self.engine.step(read)
         if report is None:
             return []
         for request in report.finished:
@@ -130,10 +138,10 @@ class TextEngine:
         """Free the engine. Idempotent."""
         self.engine.close()
 
-    def _read(self, report: StepReport) -> dict[Request, Answer]:
-        """Turn a step's tokens into text where somebody follows; ends branches that met a stop string."""
+    def _read(self, report: StepReport, now: float) -> dict[Request, Answer]:
+        """Turn tokens that came at `now` into text where somebody follows; ends branches that met a stop string."""
         touched: dict[Request, Answer] = {}
-        answers, metrics, step, now = self._answers, self.metrics, report.step, self.engine.clock()
+        answers, metrics, step = self._answers, self.metrics, report.step
         metrics.generation_tokens += len(report.tokens)
         stopped = []
         for branch, token in zip(report.branches, report.tokens, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apar.export.errors import RequestError, ServingError
+from apar.runtime.cli.draft_options import add_draft_options, draft_options
 from apar.runtime.cli.engine_options import add_engine_options, executor_options, find_engine, scheduler_limits
 from apar.runtime.cli.parser import Parser, positive, whole
 
@@ -86,6 +88,7 @@ def make_parser() -> Parser:
     group.add_argument(
         "--drain-seconds", type=positive, default=30.0, metavar="S", help="what answers in flight get after SIGTERM"
     )
+    add_draft_options(parser)
     group = parser.add_argument_group("the Triton server")
     group.add_argument("--tritonserver", metavar="PATH", help="the program, or the folder of an installation")
     group.add_argument(
@@ -121,6 +124,7 @@ def run(options: argparse.Namespace) -> int:
     parser: Parser = options.parser
     try:
         limits = scheduler_limits(options)
+        draft_options(options)
     except RequestError as error:
         parser.error(str(error))
     keys = _api_keys(options)
@@ -217,6 +221,11 @@ def _parameters(options: argparse.Namespace, directory: Path, limits: Any) -> di
         "slo_latency": str(limits.service_level.latency_factor),
         "max_requests": str(options.max_requests + ENGINE_MARGIN),
     }
+    if options.draft != "none":
+        chosen = draft_options(options)
+        given = {item.name: getattr(chosen, item.name) for item in dataclasses.fields(chosen) if item.name != "method"}
+        parameters["draft"] = chosen.method
+        parameters["draft_options"] = json.dumps({name: value for name, value in given.items() if value is not None})
     found = executor_options(options)
     blocks, memory = found.pop("num_blocks", None), found.pop("kv_memory_bytes", None)
     if blocks is not None:

@@ -59,6 +59,11 @@ class DraftOptions:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
                 raise RequestError(f"{name} is {value!r}, it must be a number above 0 and at most 1")
+        if not isinstance(self.adaptive, bool):
+            raise RequestError(f"adaptive is {self.adaptive!r}, it must be true or false")
+        _list("medusa_widths", self.medusa_widths)
+        for choice in _list("medusa_choices", [] if self.medusa_choices is None else self.medusa_choices):
+            _list("a path of medusa_choices", choice)
         self.paths()
 
     @property
@@ -107,6 +112,12 @@ def _path(choice: Sequence[int]) -> tuple[int, ...]:
     for rank in choice:
         _whole("a rank in medusa_choices", rank, 0, MAX_NODES - 1)
     return tuple(choice)
+
+
+def _list(name: str, values: object) -> Sequence[object]:
+    if isinstance(values, str | bytes) or not isinstance(values, Sequence):
+        raise RequestError(f"{name} is {values!r}, it must be a list")
+    return values
 
 
 def _one_of(name: str, value: object, known: Sequence[str]) -> None:

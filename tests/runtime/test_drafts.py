@@ -15,7 +15,8 @@ from drafting import random_tree, run_planned
 
 from apar.export.errors import ExecutorError, RequestError
 from apar.export.onnx_engine import build
-from apar.runtime.cli import main
+from apar.runtime.cli import main, serve
+from apar.runtime.cli.engine_options import scheduler_limits
 from apar.runtime.engine import Engine
 from apar.runtime.executor.replay import ReplayExecutor
 from apar.runtime.executor.tree_mask import visible
@@ -23,6 +24,7 @@ from apar.runtime.limits import SchedulerLimits
 from apar.runtime.llm import LLM
 from apar.runtime.outputs import DeltaEvent, RequestOutput
 from apar.runtime.sampling_params import SamplingParams
+from apar.runtime.serving.engine.settings import parse_settings
 from apar.runtime.speculative.budget import DraftBudget
 from apar.runtime.speculative.lookup import LookupIndex
 from apar.runtime.speculative.medusa import MedusaDrafter
@@ -89,6 +91,9 @@ def test_trees_by_configuration() -> None:
         ({"method": "medusa", "medusa_choices": []}, "1 to 256 nodes"),
         ({"method": "medusa", "medusa_choices": [[-1]]}, "a rank in medusa_choices"),
         ({"method": "medusa", "medusa_choices": [[]]}, "1 to 16 ranks"),
+        ({"method": "medusa", "medusa_choices": [0]}, "a path of medusa_choices is 0, it must be a list"),
+        ({"medusa_widths": 7}, "medusa_widths is 7, it must be a list"),
+        ({"adaptive": "no"}, "true or false"),
         ({"num_speculative_tokens": 0}, "num_speculative_tokens"),
         ({"draft_budget": True}, "draft_budget"),
         ({"prompt_lookup_min": 5}, "prompt_lookup_min"),
@@ -353,3 +358,12 @@ def test_generate_drafts_on_the_command_line(tiny_engine: Path, capsys: pytest.C
     assert found[1]["timing"]["steps"] < 0.6 * found[0]["timing"]["steps"]
     assert main(["generate", str(tiny_engine), "x", "--draft", "medusa", "--medusa-widths", "7,6"]) == 2
     assert "begin with 1" in capsys.readouterr().err
+
+
+def test_apar_serve_passes_drafts_on_to_the_engine() -> None:
+    parser = serve.make_parser()
+    options = parser.parse_args(["tiny", "--draft", "medusa", "--medusa-widths", "1,4,3", "--draft-budget", "30"])
+    parameters = serve._parameters(options, Path("tiny"), scheduler_limits(options))
+    assert parse_settings(parameters).draft == DraftOptions("medusa", medusa_widths=[1, 4, 3], draft_budget=30)
+    plain = parser.parse_args(["tiny"])
+    assert parse_settings(serve._parameters(plain, Path("tiny"), scheduler_limits(plain))).draft == DraftOptions()
