@@ -136,14 +136,18 @@ class EngineLink:
             if self._closing.is_set():
                 return
             log(f"{self._model}: the engine process has ended")
-            self._on_change(False)
+            self._tell(False)
             if time.monotonic() - since > HEALTHY_AFTER:
                 backoff = FIRST_BACKOFF
             while not self._come_back(backoff):
                 if self._closing.is_set():
                     return
                 backoff = min(2 * backoff, LAST_BACKOFF)
-            self._on_change(True)
+            self._tell(True)
+
+    def _tell(self, up: bool) -> None:
+        with self._complaint("a change could not be shown"):
+            self._on_change(up)
 
     def _come_back(self, backoff: float) -> bool:
         """One more try to reach the engine; only its owner starts it again."""
@@ -183,7 +187,8 @@ class EngineLink:
 
     def _take(self, message: Message) -> None:
         if message.get("op") == "metrics":
-            self._on_numbers(message)
+            with self._complaint("numbers could not be shown"):
+                self._on_numbers(message)
             return
         number = message.get("id", 0)
         answer = self._requests.get(number)
@@ -193,11 +198,22 @@ class EngineLink:
         if error or "final" in message or "stopped" in message:
             with self._lock:
                 del self._requests[number]
-        with self._complaint():
+        try:
             if error:
                 answer.error(*error)
             else:
                 answer.message(message)
+        except Exception as problem:
+            log(f"{self._model}: a response could not be sent: {problem}")
+            self._give_up(number, answer)
+
+    def _give_up(self, number: int, answer: Answer) -> None:
+        """End a request whose response could not be put together or sent: it must not wait for ever."""
+        with self._lock:
+            self._requests.pop(number, None)
+        self._write({"op": "cancel", "id": number})
+        with self._complaint("it could not be ended either"):
+            answer.error("internal", "a response could not be put together")
 
     def _look(self) -> None:
         """Ask whether one request has been cancelled; each gets its turn."""
@@ -209,9 +225,10 @@ class EngineLink:
         number = self._turns.pop()
         self._next_look = time.monotonic() + max(CANCEL_PERIOD / len(self._requests), 1 / CANCEL_RATE)
         answer = self._requests[number]
-        if not answer.asked_to_end and answer.is_cancelled():
-            answer.asked_to_end = True
-            self._write({"op": "cancel", "id": number})
+        with self._complaint("the server could not be asked about a request"):
+            if not answer.asked_to_end and answer.is_cancelled():
+                answer.asked_to_end = True
+                self._write({"op": "cancel", "id": number})
 
     def _disconnect(self) -> None:
         """Answer everything that was in flight."""
@@ -222,16 +239,16 @@ class EngineLink:
         assert sock is not None
         sock.close()
         for answer in requests.values():
-            with self._complaint():
+            with self._complaint("a response could not be sent"):
                 answer.error(FAILED, "the engine process ended while it worked on this request; send it again")
 
     @contextlib.contextmanager
-    def _complaint(self) -> Iterator[None]:
-        """A response that cannot be sent must not end the thread that sends all of them."""
+    def _complaint(self, text: str) -> Iterator[None]:
+        """What goes wrong with one request must not end the thread that serves all of them."""
         try:
             yield
         except Exception as problem:
-            log(f"{self._model}: a response could not be sent: {problem}")
+            log(f"{self._model}: {text}: {problem}")
 
     # ---------------------------------------------------------------- coming and going
 
