@@ -88,7 +88,7 @@ def neighbours(triton: TritonService, reference: LLM) -> Iterator[list[str]]:
     yield texts
     ending.set()
     thread.join()
-    assert len(texts) > 3 and set(texts) == {wanted.text}
+    assert texts and set(texts) == {wanted.text}
     triton.await_idle()
 
 
