@@ -147,11 +147,11 @@ class TestAnswers:
     def test_first_token_comes_before_the_answer_is_decoded(
         self, service: ServedProcess, client: openai.OpenAI
     ) -> None:
-        stream = client.chat.completions.create(model="tiny", messages=user(PROMPTS[0]), stream=True, **ENDLESS)
+        stream = client.chat.completions.create(model="tiny", messages=user(PROMPTS[0]), stream=True, n=8, **ENDLESS)
         for chunk in stream:
             if chunk.choices[0].delta.content:
                 break
-        assert wait_for(lambda: service.metric("apar:num_requests_running") == 1), "it is still being decoded"
+        assert wait_for(lambda: service.metric("apar:num_requests_running") > 0), "it is still being decoded"
         stream.close()
 
     def test_plain_decoding_and_branch_limits(self, client: openai.OpenAI) -> None:
