@@ -31,8 +31,8 @@ TensorRT-LLM one. --format tensorrt compiles it for the GPU of this machine; trt
 Weights are streamed, so memory stays small whatever the model's size. The engine appears whole or not at all: a
 build that fails or is interrupted leaves an engine that was there before as it was.
 
-Which quantisation: int8 is as good as the float weights. int4 halves the time of a step again; with gptq, its default,
-it loses about half of what plain rounding loses (docs/quantization.md has the figures). Larger groups and no zero
+Which quantisation: int8 is as good as the float weights. int4 reads half the bytes again; with gptq, its default,
+it loses clearly less than plain rounding (docs/quantization.md has the figures). Larger groups and no zero
 points are smaller and faster, smaller groups and zero points are closer to the float model.
 """
 EPILOG = """\
@@ -87,7 +87,7 @@ def make_parser() -> Parser:
         "--quantize-method",
         choices=METHODS,
         help="how the integers are chosen; gptq runs the layers on a calibration text and makes rounding errors cancel "
-        "out (minutes for small models, an hour or more for 7B on a few cores), rtn rounds to nearest (default: gptq "
+        "out, which takes seconds to minutes for small models and far longer for 7B; rtn rounds to nearest (default: gptq "
         "for int4, rtn for int8)",
     )
     weights.add_argument(
