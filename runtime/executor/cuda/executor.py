@@ -297,7 +297,7 @@ class CudaExecutor(Executor):
         for done, bucket in enumerate(buckets):
             progress(done, len(buckets))
             layout = self._known_layout(bucket)
-            self._buffers.send(layout, _idle_step(layout))
+            self._buffers.send(layout, idle_step(layout))
             self._forward(layout)
             torch.cuda.synchronize(self._device)
             graph = torch.cuda.CUDAGraph()
@@ -328,7 +328,7 @@ def _usable(name: str) -> torch.device:
     return device
 
 
-def _idle_step(layout: Layout) -> StepInputs:
+def idle_step(layout: Layout) -> StepInputs:
     """A step of a bucket's padding alone."""
 
     def zeros(*shape: int) -> np.ndarray[tuple[int, ...], np.dtype[np.int32]]:

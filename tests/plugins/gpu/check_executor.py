@@ -18,7 +18,7 @@ from apar.runtime.engine_source import tiny_checkpoint
 from apar.runtime.executor import load_executor
 from apar.runtime.executor.base import Executor
 from apar.runtime.executor.cuda.buckets import Bucket, Buckets
-from apar.runtime.executor.cuda.executor import CudaExecutor
+from apar.runtime.executor.cuda.executor import CudaExecutor, idle_step
 from apar.runtime.limits import SchedulerLimits
 from apar.runtime.sampling_params import SamplingParams
 from apar.runtime.step import StepInputs
@@ -96,6 +96,16 @@ def test_a_step_larger_than_expected_still_runs(random_engine: Path) -> None:
     executor = CudaExecutor(random_engine, dtype="float32", device="cpu", num_blocks=64, max_rows=1, max_step_tokens=2)
     oracle = load_executor(random_engine, "torch", device="cpu", num_blocks=64)
     assert worst(executor, oracle, life(4, 1)) < 1e-4
+
+
+def test_idle_steps_write_nothing(random_engine: Path) -> None:
+    """What graphs are captured with: a bucket of padding alone."""
+    executor = CudaExecutor(random_engine, dtype="float32", **SMALL)
+    layout = executor._known_layout(Bucket(2, 1, 1))
+    with torch.inference_mode():
+        executor._buffers.send(layout, idle_step(layout))
+        executor._forward(layout)
+    assert not executor._pools.any() and torch.isfinite(executor._logits[:1]).all()
 
 
 def test_bad_ids_change_nothing(random_engine: Path) -> None:
