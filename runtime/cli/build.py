@@ -87,8 +87,8 @@ def make_parser() -> Parser:
         "--quantize-method",
         choices=METHODS,
         help="how the integers are chosen; gptq runs the layers on a calibration text and makes rounding errors cancel "
-        "out, which takes seconds to minutes for small models and far longer for 7B; rtn rounds to nearest (default: gptq "
-        "for int4, rtn for int8)",
+        "out, which takes seconds to minutes for small models and far longer for 7B; rtn rounds to nearest (default: "
+        "gptq for int4, rtn for int8)",
     )
     weights.add_argument(
         "--zero-points", action="store_true", help="groups have zero points of their own, beside a scale"
