@@ -11,7 +11,6 @@ from apar.runtime.branch_table import BranchTable
 from apar.runtime.catching_up import CatchingUp
 from apar.runtime.counters import ForkDenial, SchedulerCounters
 from apar.runtime.fork_policy import BoolArray, FirstCome
-from apar.runtime.kv_cache import KVCache
 from apar.runtime.limits import SchedulerLimits
 from apar.runtime.request_queues import RequestQueues
 from apar.runtime.request_table import RequestTable
@@ -30,8 +29,8 @@ FULL = 0.9
 """Part of the affordable rows up to which requests in time are admitted; their forks take the rest."""
 CROWDED = 1.2
 """Of the affordable rows, how many may live, late requests included."""
-STRAINED = 0.05
-"""Late requests for each running one from which on the server counts as strained."""
+STRAINED = 0.5
+"""Late requests for each running one from which on the server counts as strained, whatever the others can afford."""
 
 
 class Adaptive(FirstCome):
@@ -41,7 +40,6 @@ class Adaptive(FirstCome):
         queues: of requests.
         table: live branches.
         requests: admitted requests.
-        cache: the books of the pool.
         catching: requests whose branches lack K/V.
         counters: where decisions are counted.
         limits: sizes and the service level.
@@ -53,7 +51,6 @@ class Adaptive(FirstCome):
         queues: RequestQueues,
         table: BranchTable,
         requests: RequestTable,
-        cache: KVCache,
         catching: CatchingUp,
         counters: SchedulerCounters,
         limits: SchedulerLimits,
@@ -62,7 +59,6 @@ class Adaptive(FirstCome):
         super().__init__(queues, counters, limits)
         self.table = table
         self.requests = requests
-        self.cache = cache
         self.catching = catching
         self.cost = cost
         self.strained = False
@@ -131,13 +127,14 @@ class Adaptive(FirstCome):
         queues, most = self.queues, self.limits.max_rows
         rows = queues.rows()
         groups = queues.groups_of(rows)
-        in_time = self._allowed[groups.owners[~self.requests.late[groups.owners]]]
+        protected = ~self.requests.late[groups.owners]
+        in_time = self._allowed[groups.owners[protected]]
         kv = self._kv(rows, groups)
         per_row = float(kv.sum()) / rows.size if rows.size else 256.0
         together = min(rows.size, most)
         seconds = float(self.cost.seconds(together, together * per_row)) * max(1.0, rows.size / most)
         self.strained = queues.num_late > STRAINED * len(queues.running)
-        self.strained |= in_time.size > 0 and float(np.median(in_time)) < seconds
+        self.strained |= in_time.size > 0 and float(np.median(in_time * groups.sizes[protected])) < seconds
         self.budget, self.affordable_rows = math.inf, most
         if not self.strained:
             return
@@ -201,7 +198,7 @@ class Adaptive(FirstCome):
         if not late.size:
             self._late_credit = 0.0
             return late
-        self._late_credit = min(self._late_credit + LATE_SHARE * seats, float(seats))
+        self._late_credit = min(self._late_credit + LATE_SHARE * seats, float(self.limits.max_rows))
         turns = late[: int((np.cumsum(sizes[late]) <= self._late_credit).sum())]
         self._late_credit -= float(sizes[turns].sum())
         return turns
@@ -212,10 +209,8 @@ class Adaptive(FirstCome):
 
     def deny_forks(self, candidates: BoolArray, groups: RowGroups) -> tuple[BoolArray, ForkDenial] | None:
         """See FirstCome.deny_forks."""
-        # A child takes a block at once. No more is kept back: forks shorten what a request holds its blocks for.
-        blocks, seats = self.cache.available, self.limits.admitted_rows - self.queues.rows().size
-        room = max(0, min(blocks, seats))
+        room = max(0, self.limits.admitted_rows - self.queues.rows().size)
         if int(np.count_nonzero(candidates)) <= room:
             return None
         denied: BoolArray = candidates & (np.cumsum(candidates) > room)
-        return denied, "blocks" if blocks < seats else "rows"
+        return denied, "rows"

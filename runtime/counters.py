@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-ForkDenial = Literal["policy", "request", "repeat", "length", "branches", "slots", "rows", "blocks", "slo"]
+ForkDenial = Literal["policy", "request", "repeat", "length", "branches", "slots", "rows"]
 """Why a branch did not fork where [Fork] was its likeliest token: the policy is `never`; the request's `fork` or
 `max_depth`; right after [Fork] or [Child]; no room before a limit of tokens or context; `max_branches`; the server's
-branch slots; and under `adaptive`: more branches than steps can take, no free blocks, a request that is late while
-others are not."""
+branch slots; under `adaptive`: more branches live than steps can take."""
 
 
 @dataclass(slots=True)

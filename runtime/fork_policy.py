@@ -53,7 +53,8 @@ class FirstCome:
         count = groups.starts.size
         first = self._rotation % count
         order = np.roll(np.arange(count), -first)
-        taken = int((np.cumsum(groups.sizes[order]) <= seats).sum())
+        # The first one even where it takes kept seats, too: a request never has more branches than a step has rows.
+        taken = max(1, int((np.cumsum(groups.sizes[order]) <= seats).sum()))
         self._rotation = first + taken
         return self._mask(groups, order[:taken])
 

@@ -78,7 +78,7 @@ class Scheduler:
         self.counters = counters = SchedulerCounters()
         self.policy = policy = FirstCome(queues, counters, limits)
         if limits.fork_policy == "adaptive":
-            self.policy = policy = Adaptive(queues, table, requests, cache, catching, counters, limits, cost)
+            self.policy = policy = Adaptive(queues, table, requests, catching, counters, limits, cost)
         self._cost = cost
         self._preemption = preemption = Preemption(queues, table, requests, blocks, cache, catching, counters)
         self._lifecycle = lifecycle = Lifecycle(

@@ -168,7 +168,7 @@ class BranchesAndBlocks(RuleBasedStateMachine):
             context = min(CONTEXT, self.engine.scheduler.max_context)
             # Load may deny a fork; nothing else of an answer may depend on it.
             denied = self.engine.scheduler.counters.forks_denied
-            by_load = denied.get("blocks", 0) + denied.get("rows", 0)
+            by_load = denied.get("rows", 0)
             assert shape(request.root) == shape(
                 reference_tree(prompt, params, context, request.root if by_load else None)
             )
