@@ -71,6 +71,9 @@ class Adaptive(FirstCome):
         """By request index: seconds that each step may take for the request to be in time; see `_judge_running`."""
         self._pace = 0.0
         self._late_credit = 0.0
+        self._turn = 0
+        self._last_turn = np.zeros(limits.max_live_branches, dtype=np.int64)
+        """By request index: when it last took part in a step that had no room for all."""
 
     # ---------------------------------------------------------------- looking at the load
 
@@ -175,8 +178,8 @@ class Adaptive(FirstCome):
         return first if rows_in_time + late_rows < rows else None
 
     def take_turns(self, rows: IntArray, groups: RowGroups, seats: int) -> BoolArray | None:
-        """See FirstCome.take_turns. Late requests first take their share, the oldest first; then come those in time,
-        the tightest first; then the other late ones. They go into the step until its seats or its seconds are used up.
+        """See FirstCome.take_turns. Late requests first take their share, in turn; then those in time, the tightest
+        first; then the other late ones. They go into the step until its seats or its seconds are used up.
         """
         if not self.strained:
             return super().take_turns(rows, groups, seats)
@@ -184,17 +187,19 @@ class Adaptive(FirstCome):
         if rows.size <= seats and float(self.cost.seconds(rows.size, kv.sum())) <= self.budget:
             return None
         late = self.requests.late[owners]
-        tightness = np.where(late, self.requests.arrived[owners], self._allowed[owners])
-        order = np.lexsort((tightness, late, self.requests.priority[owners]))
+        urgency = np.where(late, self._last_turn[owners], self._allowed[owners])
+        order = np.lexsort((urgency, late, self.requests.priority[owners]))
         order = np.concatenate((self._late_turns(order[late[order]], groups.sizes, seats), order))
         order = order[np.sort(np.unique(order, return_index=True)[1])]
         size = np.cumsum(groups.sizes[order])
         fits = (size <= seats) & (self.cost.seconds(size, np.cumsum(kv[order])) <= self.budget)
         taken = max(1, int(np.argmin(fits)) if not fits.all() else fits.size)
+        self._turn += 1
+        self._last_turn[owners[order[:taken]]] = self._turn
         return self._mask(groups, order[:taken])
 
     def _late_turns(self, late: IntArray, sizes: IntArray, seats: int) -> IntArray:
-        """The late requests, of those in `late`, oldest first, whose turn it is; saves up what a large one needs."""
+        """The late requests, of those in `late` by their turn, whom the share suffices for; saves up for large ones."""
         if not late.size:
             self._late_credit = 0.0
             return late

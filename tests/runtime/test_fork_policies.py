@@ -75,9 +75,9 @@ def test_32_branches_do_not_starve_31_requests_with_one(policy: str) -> None:
         for request in others:
             silent[request] = 0 if request in grown else silent[request] + 1
         # 62 rows in steps of 32: everybody has a turn in two steps, or three where whole requests do not fill one.
-        # Under `adaptive` all are late here and have only their share, 1.6 rows a step: 20 steps for the 31, and as
-        # many to save up for the one with 31 branches.
-        assert max(silent.values()) <= (3 if policy == "always" else 40)
+        # Under `adaptive` some nine of them are kept on time. The late ones have 1.6 rows a step: a round of 62 rows
+        # takes 39 steps.
+        assert max(silent.values()) <= (3 if policy == "always" else 45)
     assert replay.engine.scheduler.counters.pauses > 0
     while not replay.engine.scheduler.idle:
         replay.step()
