@@ -14,8 +14,9 @@ import pytest
 from apar.export import onnx_engine
 from apar.runtime.engine_source import tiny_checkpoint
 
-# torch is the reference here, for models so small that a second thread only waits for the first.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# torch and NumPy are references here, for models so small that a second thread only waits for the first.
+for library in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(library, "1")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A run in the background has Ctrl-C ignored, and so would the commands that tests interrupt.

@@ -31,7 +31,7 @@ class Block:
 sys.meta_path.insert(0, Block())
 import apar
 optional = ("apar.runtime.executor.torch", "apar.runtime.executor.tensorrt", "apar.export.tensorrt", "apar.plugins.gpu",
-            "apar.plugins.tensorrt")
+            "apar.plugins.tensorrt", "apar.runtime.bench.gpu", "apar.runtime.executor.cuda")
 for package in ("export", "runtime", "plugins"):
     package = importlib.import_module("apar." + package)
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
@@ -89,7 +89,7 @@ def test_required_distributions_are_light() -> None:
 def test_library_speaks_this_abi() -> None:
     library = native_library()
     apar.plugins.check_versions(library)
-    assert apar.plugins.cpu_isa(library) in {"generic", "avx2", "avx512"}
+    assert apar.plugins.cpu_isa(library) in {"generic", "avx2", "avx512", "avx512_vnni"}
 
 
 def test_other_abi_is_refused_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:

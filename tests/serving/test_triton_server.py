@@ -86,9 +86,9 @@ class TestLookUp:
             find_server(tmp_path)
 
     def test_variables_of_the_caller_do_not_reach_the_stubs(self, tmp_path: Path) -> None:
-        server = TritonServer(tmp_path, python_home=tmp_path / "home", libraries=(Path("/a"), Path("/b")))
+        server = TritonServer(tmp_path, python_home=tmp_path / "venv", libraries=(Path("/a"), Path("/b")))
         found = server.environment({"PATH": "/bin", "PYTHONPATH": "/x", "VIRTUAL_ENV": "/y", "LD_LIBRARY_PATH": "/c"})
-        assert found == {"PATH": f"{tmp_path}/home/bin:/bin", "LD_LIBRARY_PATH": "/a:/b:/c"}
+        assert found == {"PATH": f"{tmp_path}/venv/bin:/bin", "LD_LIBRARY_PATH": "/a:/b:/c"}
         assert TritonServer(tmp_path).environment({"PYTHONPATH": "/x"}) == {"PYTHONPATH": "/x"}
 
 

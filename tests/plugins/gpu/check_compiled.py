@@ -9,14 +9,13 @@ from pathlib import Path
 
 import pytest
 
-import apar.plugins
 from apar.export.errors import PluginError
 from apar.plugins.gpu import pack
 from apar.plugins.gpu.builds import ARGUMENTS, KINDS, SMS, Choice
 from apar.plugins.gpu.compiler import compile_build
 from apar.plugins.gpu.sizes import StepSizes
 
-HEADER = Path(next(iter(apar.plugins.__path__))) / "gpu" / "launch_table.h"
+HEADER = Path(__file__).resolve().parents[3] / "plugins" / "gpu" / "launch_table.h"
 
 # Every kernel for every architecture, each in one of its shapes: `python -m apar.plugins.gpu.pack` makes them all.
 SUBSET = {
