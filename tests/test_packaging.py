@@ -31,7 +31,8 @@ class Block:
 sys.meta_path.insert(0, Block())
 import apar
 optional = ("apar.runtime.executor.torch", "apar.runtime.executor.tensorrt", "apar.export.tensorrt", "apar.plugins.gpu",
-            "apar.plugins.tensorrt", "apar.runtime.bench.gpu", "apar.runtime.executor.cuda")
+            "apar.plugins.tensorrt", "apar.runtime.bench.gpu", "apar.runtime.bench.peers.",
+            "apar.runtime.executor.cuda")
 for package in ("export", "runtime", "plugins"):
     package = importlib.import_module("apar." + package)
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
