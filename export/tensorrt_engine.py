@@ -116,7 +116,7 @@ def build(
     options.check()
     checkpoint, output = Path(checkpoint), Path(output)
     source = Checkpoint.open(checkpoint, "none")
-    if (checkpoint / HEADS_FOLDER).is_dir():
+    if source.heads_inside or (checkpoint / HEADS_FOLDER).is_dir():
         logger.warning("TensorRT engines have no Medusa heads yet; those of %s are left out", checkpoint)
     files = read_tokenizer(tokenizer or checkpoint)
     decoder = replace(source.decoder, max_context=longest_context(source, max_context))

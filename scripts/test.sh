@@ -26,7 +26,7 @@ if [ -n "$venv_fresh" ]; then
 fi
 install_apar "$(digest_of plugins pyproject.toml)" --no-deps -e .
 if [ "$(uname -sm)" = "Linux x86_64" ] && [ -z "${APAR_TRITONSERVER:-}" ]; then
-  install_triton # without a server the serving tests would be skipped
+  install_triton # without a server the serving tests fail
 fi
 if [ "$(uname -sm)" = "Linux x86_64" ]; then
   fetch_tensorrt_bindings

@@ -135,6 +135,7 @@ def test_every_naming_and_place_reads_alike(tmp_path: Path) -> None:
     for name, apart in places.items():
         checkpoint = Checkpoint.open(tmp_path / name, apart)
         assert checkpoint.heads is not None and checkpoint.heads.shape == DraftHeads(3, 2), name
+        assert checkpoint.heads_inside == (name in {"tensorrt_llm", "prefixed"})
         for key, tensor in heads.items():
             head, rest = key.split(".", 1)
             ours = "lm_head.weight" if rest == "2.weight" else f"blocks.{rest.replace('linear.', '')}"

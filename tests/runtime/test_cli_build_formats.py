@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import make_checkpoint
+from safetensors.torch import load_file, save_file
 
 from apar.export.manifest import Manifest
 from apar.runtime import cli
@@ -37,6 +38,22 @@ def test_graphs_for_tensorrt(checkpoint: Path, tmp_path: Path, capsys: pytest.Ca
     assert cli.main(["build", str(checkpoint), "-o", str(target), *options]) == 0
     assert sorted(path.name for path in target.glob("*.onnx")) == ["rank0.onnx", "rank1.onnx"]
     assert "ONNX graphs for TensorRT" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["folder", "tensors"])
+def test_heads_that_tensorrt_leaves_out_are_named(
+    place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_checkpoint(tmp_path / "checkpoint", "gqa", hidden_size=256)
+    if place == "folder":
+        (tmp_path / "checkpoint" / "medusa").mkdir()
+    else:
+        weights = load_file(tmp_path / "checkpoint" / "model.safetensors")
+        weights["medusa_heads.0.lm_head.weight"] = weights["lm_head.weight"].clone()
+        save_file(weights, tmp_path / "checkpoint" / "model.safetensors")
+    options = ["--format", "tensorrt", "--graph-only", "--dtype", "float16"]
+    assert cli.main(["build", str(tmp_path / "checkpoint"), "-o", str(tmp_path / "graphs"), *options]) == 0
+    assert "no Medusa heads yet" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
