@@ -146,7 +146,8 @@ class OnnxExecutor(Executor):
         if self.manifest.draft_heads is None:
             raise ExecutorError(f"{self._engine} has no Medusa heads; {NO_HEADS_REMEDY}")
         if self._heads is None:
-            options = _session_options(self._threads, self._spinning)
+            # Two sessions whose idle threads both poll would take the cores from each other.
+            options = _session_options(self._threads, spinning=False)
             if self.graph == "native":
                 _register_library(options)
             name = HEADS_GRAPH_NAME if self.graph == "native" else PORTABLE_HEADS_GRAPH_NAME
