@@ -22,6 +22,8 @@ from apar.runtime.serving.repository import repository_source, write_repository
 from apar.runtime.serving.triton_server import TritonServer
 
 START_SECONDS = 120.0
+WAIT_SECONDS = 120.0
+"""Patience with what takes a moment on a machine that has nothing else to do."""
 TESTS = Path(__file__).parent
 
 
@@ -172,7 +174,7 @@ class TritonService:
         os.kill(pid, signal.SIGKILL)
         return pid
 
-    def await_engine(self, other_than: int | None = None, seconds: float = 60.0) -> int:
+    def await_engine(self, other_than: int | None = None, seconds: float = WAIT_SECONDS) -> int:
         """Wait for an engine (another one than `other_than`) that answers; returns its process id."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
@@ -219,7 +221,7 @@ class TritonService:
                 found[re.sub(r'model="[^"]*",?', "", name).removesuffix("{}").replace(",}", "}")] = float(value)
         return found
 
-    def await_metrics(self, seconds: float = 30.0, **wanted: float) -> dict[str, float]:
+    def await_metrics(self, seconds: float = WAIT_SECONDS, **wanted: float) -> dict[str, float]:
         """Wait until the metrics have these values (names without `apar:`); returns all of them."""
         end = time.monotonic() + seconds
         while True:
@@ -228,13 +230,27 @@ class TritonService:
                 return found
             if time.monotonic() > end:
                 shown = {name: found.get(f"apar:{name}") for name in wanted}
-                raise AssertionError(f"metrics are {shown}, not {wanted}")
+                raise AssertionError(f"metrics are {shown}, not {wanted}, after {seconds} s")
             time.sleep(0.1)
 
-    def await_idle(self) -> dict[str, float]:
-        """Wait until nothing runs and every block is free; returns the metrics."""
-        time.sleep(1.2)  # numbers are at most this old
-        return self.await_metrics(num_requests_running=0, num_requests_waiting=0, num_branches_live=0, kv_blocks_used=0)
+    def await_numbers(self, seconds: float = WAIT_SECONDS) -> dict[str, float]:
+        """Metrics with all that the engine has counted up to this call, which takes its next report."""
+        asked, end = time.time(), time.monotonic() + seconds
+        while self.metrics().get("apar:numbers_timestamp_seconds", 0.0) <= asked:
+            assert time.monotonic() < end, f"the engine has reported no numbers for {seconds} s"
+            time.sleep(0.05)
+        return self.metrics()  # the page before may have been read while it was written
+
+    def await_idle(self, seconds: float = WAIT_SECONDS) -> dict[str, float]:
+        """Wait until nothing runs and every block is free; returns the metrics with all that was counted up to then."""
+        names = ("num_requests_running", "num_requests_waiting", "num_branches_live", "kv_blocks_used")
+        end = time.monotonic() + seconds
+        while True:
+            found = self.await_numbers(seconds)
+            busy = {name: found[f"apar:{name}"] for name in names if found[f"apar:{name}"]}
+            if not busy:
+                return found
+            assert time.monotonic() < end, f"the engine is still busy after {seconds} s: {busy}"
 
     def request(self, method: str, path: str, body: str | bytes | None = None, port: int = 0) -> tuple[int, bytes]:
         """Status and body of any request to the server's HTTP port, or to another one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from triton_grpc import Stream, text_of
 from triton_service import TritonService, in_threads
 
 from apar.runtime.llm import LLM
+from apar.runtime.metrics import SAMPLE_SIZE
 from apar.runtime.outputs import RequestOutput
 from apar.runtime.sampling_params import SamplingParams
 from apar.runtime.text import assemble
@@ -290,12 +292,15 @@ def test_a_payload_of_tensorrtllm_backend(triton: TritonService, reference: LLM,
 def test_metrics_count_what_happened(triton: TritonService, reference: LLM, questions: list[str]) -> None:
     before = triton.await_idle()
     wanted = expected(reference, questions[:3])
+    steps = sum(o.timing.steps - 1 for o in wanted)
+    assert steps <= SAMPLE_SIZE, "every time between tokens is kept, though all are counted in one report"
     for question in questions[:3]:
         triton.generate({"text_input": question, "max_tokens": MAX_TOKENS})
     triton.generate({"text_input": questions[0], "temperature": -1.0})
-    total = before['apar:request_finished_total{reason="stop"}'] + 3
-    after = triton.await_metrics(**{'request_finished_total{reason="stop"}': total})
+    after = triton.await_numbers()
     grown = {name: value - before.get(name, 0.0) for name, value in after.items()}
+    assert grown['apar:request_finished_total{reason="stop"}'] == 3
+    assert grown['apar:request_errors_total{code="invalid_request"}'] == 1
     assert grown["apar:generation_tokens_total"] == sum(o.usage.completion_tokens for o in wanted)
     assert grown["apar:prompt_tokens_total"] == sum(o.usage.prompt_tokens for o in wanted)
     assert grown["apar:prefix_cache_queries_total"] == grown["apar:prompt_tokens_total"]
@@ -305,10 +310,34 @@ def test_metrics_count_what_happened(triton: TritonService, reference: LLM, ques
     assert grown["apar:branch_depth_sum"] == sum(b.depth for o in wanted for b in o.branches)
     assert grown["apar:time_to_first_token_seconds_count"] == 3
     assert grown["apar:e2e_request_latency_seconds_count"] == 3
-    assert grown["apar:inter_token_latency_seconds_count"] == sum(o.timing.steps - 1 for o in wanted)
-    triton.await_metrics(**{'request_errors_total{code="invalid_request"}': after_error(before)})
+    assert grown["apar:inter_token_latency_seconds_count"] == steps
     assert after["apar:engine_ready"] == 1 and after["apar:kv_blocks_total"] > 0
 
 
-def after_error(before: dict[str, float]) -> float:
-    return before.get('apar:request_errors_total{code="invalid_request"}', 0.0) + 1
+def test_a_page_with_an_end_has_all_that_belongs_to_it(triton: TritonService, questions: list[str]) -> None:
+    """Whenever the page is read, also while it is being written."""
+    before = triton.await_idle()
+    pages = [before]
+    ended = threading.Event()
+
+    def read() -> None:
+        while not ended.is_set():
+            pages.append(triton.metrics())
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        for number in range(120):
+            triton.generate({"text_input": questions[number % 7], "max_tokens": 2})
+        triton.await_numbers()
+    finally:
+        ended.set()
+        reader.join()
+    pages.append(triton.metrics())
+    counts = ["branch_depth_count", "e2e_request_latency_seconds_count", "time_to_first_token_seconds_count"]
+    for page in pages:
+        grown = {name: value - before.get(name, 0.0) for name, value in page.items()}
+        finished = sum(value for name, value in grown.items() if name.startswith("apar:request_finished_total"))
+        assert all(grown.get(f"apar:{name}", 0) >= finished for name in counts)
+        assert grown["apar:generation_tokens_total"] >= 2 * finished
+    assert finished == 120 and len({page["apar:numbers_timestamp_seconds"] for page in pages}) > 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from itertools import count
 from typing import Any
@@ -222,4 +223,9 @@ class Service:
         totals = snapshot.counters | errors
         increments = {name: total - self._reported.get(name, 0) for name, total in totals.items()}
         self._reported = totals
-        return {"gauges": snapshot.gauges, "counters": increments, "observations": snapshot.observations}
+        return {
+            "time": time.time(),
+            "gauges": snapshot.gauges,
+            "counters": increments,
+            "observations": snapshot.observations,
+        }

@@ -1,4 +1,9 @@
-"""The engine's numbers on the server's metrics page."""
+"""The engine's numbers on the server's metrics page.
+
+A page that counts the end of a request counts everything else about that request too: its tokens, forks and times. A
+page is not read at one moment, so this takes two orders. Ends are published after all else, and the server reads their
+families first: it reads counters before gauges and histograms, and counters in the order in which they were registered.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +15,13 @@ import triton_python_backend_utils as pb_utils
 PREFIX = "apar:"
 _SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0]
 _BUCKETS = {"branch_depth": [1.0, 2.0, 3.0, 4.0, 6.0, 8.0]}
+_ENDS = ("request_finished_total", "request_errors_total")
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
 
 DESCRIPTIONS = {
     "engine_ready": "1 while the engine process takes requests",
     "engine_restarts_total": "Times that the engine process was started again",
+    "numbers_timestamp_seconds": "When the engine took these numbers, in seconds since 1970; published last of all",
     "num_requests_running": "Requests whose branches are in the running set",
     "num_requests_waiting": "Requests that wait for admission, preempted ones included",
     "num_branches_live": "Branches alive",
@@ -59,18 +66,24 @@ class EngineMetrics:
         self._families: dict[str, Any] = {}
         self._metrics: dict[str, Any] = {}
         self._levels: dict[str, float] = {}
+        for family in _ENDS:
+            self._family(family, "COUNTER")
 
     def update(self, numbers: dict[str, Any]) -> None:
         """Numbers as the engine sent them: gauges, and what was counted and observed since the last time."""
+        ends = {name: more for name, more in numbers["counters"].items() if name.partition("{")[0] in _ENDS}
+        for name, more in numbers["counters"].items():
+            if name not in ends:
+                self.count(name, more)
+        if hasattr(pb_utils.MetricFamily, "HISTOGRAM"):  # not in older servers
+            for name, values in numbers["observations"].items():
+                for value in values:
+                    self._metric(name, "HISTOGRAM").observe(value)
         for name, value in numbers["gauges"].items():
             self.level(name, value)
-        for name, more in numbers["counters"].items():
+        for name, more in ends.items():
             self.count(name, more)
-        if not hasattr(pb_utils.MetricFamily, "HISTOGRAM"):  # an older server
-            return
-        for name, values in numbers["observations"].items():
-            for value in values:
-                self._metric(name, "HISTOGRAM").observe(value)
+        self.level("numbers_timestamp_seconds", numbers["time"])
 
     def level(self, name: str, value: float) -> None:
         """Set a gauge; what has not changed is not sent."""
@@ -87,13 +100,17 @@ class EngineMetrics:
         metric = self._metrics.get(name)
         if metric is None:
             family, _, labels = name.partition("{")
-            if family not in self._families:
-                self._families[family] = pb_utils.MetricFamily(
-                    name=PREFIX + family,
-                    description=DESCRIPTIONS.get(family, family.replace("_", " ")),
-                    kind=getattr(pb_utils.MetricFamily, kind),
-                )
             own = {**self._labels, **dict(_LABEL.findall(labels))}
             extra = {"buckets": _BUCKETS.get(family, _SECONDS)} if kind == "HISTOGRAM" else {}
-            metric = self._metrics[name] = self._families[family].Metric(labels=own, **extra)
+            metric = self._metrics[name] = self._family(family, kind).Metric(labels=own, **extra)
         return metric
+
+    def _family(self, name: str, kind: str) -> Any:
+        family = self._families.get(name)
+        if family is None:
+            family = self._families[name] = pb_utils.MetricFamily(
+                name=PREFIX + name,
+                description=DESCRIPTIONS.get(name, name.replace("_", " ")),
+                kind=getattr(pb_utils.MetricFamily, kind),
+            )
+        return family
