@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 
 from apar.export.errors import ExecutorError, RequestError
 from apar.export.manifest import TokenIds
-from apar.runtime import random_stream, sampler
+from apar.runtime import random_stream
 from apar.runtime.random_stream import child_key, root_key, uniform
 from apar.runtime.sampler import FAILED_TOKEN, Sampler, SampleResult
+from apar.runtime.sampling import arrays, drawing
+from apar.runtime.sampling.largest import largest, largest_values
 from apar.runtime.sampling_params import SamplingParams
 
 VOCAB = 60
@@ -238,8 +240,8 @@ def test_a_row_does_not_depend_on_the_others_in_a_large_vocabulary(vocab: int, m
     for i in range(48):
         alone = batch.sample(logits[i : i + 1], [i])
         assert alone.tokens[0] == whole.tokens[i] and alone.logprobs[0] == whole.logprobs[i]
-    monkeypatch.setattr(sampler, "_CHUNK_ELEMENTS", 3 * vocab)
-    monkeypatch.setattr(sampler, "_CANDIDATES", ())
+    monkeypatch.setattr(arrays, "CHUNK_ELEMENTS", 3 * vocab)
+    monkeypatch.setattr(drawing, "CANDIDATES", ())
     sorted_all = batch.sample(logits)
     assert sorted_all.tokens.tolist() == whole.tokens.tolist() and sorted_all.logprobs == whole.logprobs
 
@@ -255,7 +257,9 @@ def test_order_is_that_of_a_stable_sort(vocab: int, count: int, seed: int, ties:
         logits[rng.random(logits.shape) < 0.3] = -np.inf
     count = min(count, vocab)
     expected = np.argsort(-logits, axis=1, kind="stable")[:, :count]
-    assert np.array_equal(sampler._order(logits, count), expected)
+    assert np.array_equal(largest(logits, count), expected)
+    values = largest_values(logits, count)
+    assert np.array_equal(values, np.take_along_axis(logits, expected, axis=1))
 
 
 # Against `transformers`.

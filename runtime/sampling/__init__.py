@@ -1,0 +1,1 @@
+"""From logits to tokens, in NumPy: what `apar.runtime.sampler` is made of."""
