@@ -27,13 +27,15 @@ The rules:
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 
 from apar.plugins.gpu.sizes import CHUNK_STEPS, ITEM_FIELDS, KEY_TILE, MIN_CHUNK, PART_FIELDS, PLAN_HEADER, StepSizes
 
 Int32Array = npt.NDArray[np.int32]
-IntArray = npt.NDArray[np.int64]
+IntArray = npt.NDArray[np.integer]
 
 PREFIX_KEYS = 2 * KEY_TILE
 PREFIX_GAIN = 16
@@ -59,115 +61,169 @@ def make_plan(
     """
     plan = np.empty(sizes.plan_size, np.int32) if out is None else out
     plan.fill(0)
-    starts = query_start[:-1].astype(np.int64)
-    counts = np.diff(query_start).astype(np.int64)
+    starts, ends = query_start[:-1], query_start[1:]
+    counts = ends - starts
     context = kv_len - counts
-    written = np.concatenate(([0], np.cumsum(slot_mapping >= 0)))
-    real = written[query_start[1:]] > written[query_start[:-1]]
-    own_tiles = np.where(real, -(-counts // sizes.tile_tokens), 0)
-    own_begin = np.zeros(counts.size, np.int64)
+    # Many small arrays: what counts here is how many calls are made, so the commonest steps leave some out.
+    if slot_mapping.size == 0 or int(slot_mapping.min()) >= 0:
+        real = counts > 0
+    else:
+        written = np.zeros(slot_mapping.size + 1, np.int64)
+        np.cumsum(slot_mapping >= 0, out=written[1:])
+        real = written[ends] > written[starts]
+    in_row: IntArray | int = 0
+    if int(counts.max(initial=0)) <= sizes.tile_tokens:
+        own_tiles, tile_row = real.astype(np.int64), np.flatnonzero(real)
+        begin = first = starts[tile_row]
+        count = counts[tile_row]
+    else:
+        own_tiles = np.where(real, -(-counts // sizes.tile_tokens), 0)
+        tile_row = np.repeat(np.arange(counts.size), own_tiles)
+        in_row = (np.arange(tile_row.size) - (np.cumsum(own_tiles) - own_tiles)[tile_row]) * sizes.tile_tokens
+        first = starts[tile_row]
+        begin = first + in_row
+        count = np.minimum(counts[tile_row] - in_row, sizes.tile_tokens)
+    seen = context[tile_row]
+    key_end = seen + (counts[tile_row] if masked else in_row + count)
+    tiles = _Tiles(tile_row, begin, count, np.zeros(tile_row.size, np.int64), key_end, seen, first)
+    passes = None
+    if share and sizes.splits:
+        passes = _prefix_passes(sizes, starts, ends, context, real, own_tiles, prefix_rows, prefix_blocks, block_size)
+    prefixes = 0
+    if passes is not None:
+        first_row, end_row, keys = passes
+        shared = np.zeros(counts.size + 1, np.int64)
+        # Groups do not overlap: each adds its keys where it begins and takes them back where it ends.
+        shared[first_row] = keys
+        np.subtract.at(shared, end_row, keys)
+        tiles.key_begin = np.cumsum(shared)[tile_row]
+        tiles, prefixes = _with_prefixes(sizes, tiles, starts[first_row], ends[end_row - 1], first_row, keys)
+    _write(plan, sizes, tiles, prefixes)
+    return plan
 
-    tokens = sizes.tokens
-    parts = plan[PLAN_HEADER + ITEM_FIELDS * sizes.items :].reshape(tokens, PART_FIELDS)
-    passes = _prefix_passes(sizes, starts, counts, context, real, own_tiles, prefix_rows, prefix_blocks, block_size)
-    shared, first_row, end_row, keys = passes if share else tuple(a[:0] for a in passes)
-    prefix_begin = starts[first_row] if shared.size else shared
-    prefix_tokens = (starts + counts)[end_row - 1] - prefix_begin if shared.size else shared
-    prefix_tiles = -(-prefix_tokens // sizes.tile_tokens)
-    if shared.size:
-        members = end_row - first_row
-        row = np.arange(int(members.sum())) + np.repeat(first_row - (np.cumsum(members) - members), members)
-        own_begin[row] = np.repeat(keys, members)
 
-    # All tiles, prefix tiles first: the row or group each belongs to, and its place in it.
-    tile_group = np.repeat(np.arange(shared.size), prefix_tiles)
-    tile_row = np.repeat(np.arange(counts.size), own_tiles)
-    group_at = np.cumsum(prefix_tiles) - prefix_tiles
-    row_at = np.cumsum(own_tiles) - own_tiles
-    in_group = (np.arange(tile_group.size) - group_at[tile_group]) * sizes.tile_tokens
-    in_row = (np.arange(tile_row.size) - row_at[tile_row]) * sizes.tile_tokens
-    row = np.concatenate((first_row[tile_group], tile_row))
-    begin = np.concatenate((prefix_begin[tile_group] + in_group, starts[tile_row] + in_row))
-    left = np.concatenate((prefix_tokens[tile_group] - in_group, counts[tile_row] - in_row))
-    count = np.minimum(left, sizes.tile_tokens)
-    key_begin = np.concatenate((np.zeros(tile_group.size, np.int64), own_begin[tile_row]))
-    seen_by_all = np.concatenate((keys[tile_group], context[tile_row]))
-    first = np.concatenate((prefix_begin[tile_group], starts[tile_row]))
-    own_end = context[tile_row] + (counts[tile_row] if masked else in_row + count[tile_group.size :])
-    key_end = np.concatenate((keys[tile_group], own_end))
+@dataclass(slots=True)
+class _Tiles:
+    """Columns [n] of tiles, named as an item's fields are above."""
 
+    row: IntArray
+    begin: IntArray
+    count: IntArray
+    key_begin: IntArray
+    key_end: IntArray
+    seen: IntArray
+    first: IntArray
+
+
+def _with_prefixes(
+    sizes: StepSizes, own: _Tiles, begin: IntArray, end: IntArray, first_row: IntArray, keys: IntArray
+) -> tuple[_Tiles, int]:
+    """The tiles of prefix passes over tokens `begin` to `end`, and `own` behind them; how many the former are."""
+    tokens = end - begin
+    number = -(-tokens // sizes.tile_tokens)
+    group = np.repeat(np.arange(number.size), number)
+    offset = (np.arange(group.size) - (np.cumsum(number) - number)[group]) * sizes.tile_tokens
+    first, keys = begin[group], keys[group]
+    joined = (
+        (first_row[group], own.row),
+        (first + offset, own.begin),
+        (np.minimum(tokens[group] - offset, sizes.tile_tokens), own.count),
+        (np.zeros(group.size, np.int64), own.key_begin),
+        (keys, own.key_end),
+        (keys, own.seen),
+        (first, own.first),
+    )
+    return _Tiles(*map(np.concatenate, joined)), group.size
+
+
+def _write(plan: Int32Array, sizes: StepSizes, tiles: _Tiles, prefixes: int) -> None:
+    """Cut the keys of tiles, the first `prefixes` of which are prefix passes, and write everything to `plan`."""
+    count, key_begin, key_end = tiles.count, tiles.key_begin, tiles.key_end
     length = key_end - key_begin
     chunk = _chunk(length, sizes.budget)
-    splits = np.maximum(1, -(-length // chunk))
+    splits = -(-length // chunk)
     partial = (splits > 1) | (key_begin > 0)
-    partial[: tile_group.size] = True
-    used = np.where(partial, splits * count, 0)
-    part = np.cumsum(used) - used
-
-    item_tile = np.repeat(np.arange(row.size), splits)
-    split = np.arange(item_tile.size) - np.repeat(np.cumsum(splits) - splits, splits)
-    item_begin = key_begin[item_tile] + split * chunk
-    items = plan[PLAN_HEADER : PLAN_HEADER + ITEM_FIELDS * item_tile.size].reshape(-1, ITEM_FIELDS)
-    items[:, 0] = begin[item_tile]
-    items[:, 1] = count[item_tile]
-    items[:, 2] = row[item_tile]
-    items[:, 3] = item_begin
-    items[:, 4] = np.minimum(item_begin + chunk, key_end[item_tile])
-    items[:, 5] = seen_by_all[item_tile]
-    items[:, 6] = first[item_tile]
-    items[:, 7] = np.where(partial[item_tile], part[item_tile] + split * count[item_tile], -1)
+    partial[:prefixes] = True
+    used = splits * count * partial
+    part_end = np.cumsum(used)
+    part = part_end - used
+    total = int(splits.sum())
+    items = plan[PLAN_HEADER : PLAN_HEADER + ITEM_FIELDS * total].reshape(-1, ITEM_FIELDS)
+    columns = tiles.begin, count, tiles.row, key_begin, key_end, tiles.seen, tiles.first, np.where(partial, part, -1)
+    if total == splits.size:
+        for i, column in enumerate(columns):
+            items[:, i] = column
+    else:
+        tile = np.repeat(np.arange(splits.size), splits)
+        split = np.arange(total) - (np.cumsum(splits) - splits)[tile]
+        for i, column in enumerate(columns):
+            items[:, i] = column[tile]
+        items[:, 3] += (split * chunk).astype(np.int32)
+        items[:, 4] = np.minimum(items[:, 3] + chunk, items[:, 4])
+        items[:, 7] += np.where(partial[tile], split * count[tile], 0).astype(np.int32)
 
     # What each token's tile left for the merge. Tokens of a tile are consecutive.
-    for tiles, column in ((slice(tile_group.size, None), 0), (slice(0, tile_group.size), 3)):
-        n = count[tiles]
-        within = np.arange(int(n.sum())) - np.repeat(np.cumsum(n) - n, n)
-        token = np.repeat(begin[tiles], n) + within
-        some = np.repeat(partial[tiles], n)
-        parts[token, column] = np.where(some, np.repeat(part[tiles], n) + within, 0)
-        parts[token, column + 1] = np.where(some, np.repeat(n, n), 0)
-        parts[token, column + 2] = np.where(some, np.repeat(splits[tiles], n), -1)
-    plan[:4] = (item_tile.size, chunk, int(used.sum()), row.size)
-    return plan
+    parts = plan[PLAN_HEADER + ITEM_FIELDS * sizes.items :].reshape(sizes.tokens, PART_FIELDS)
+    some = part * partial, count * partial, np.where(partial, splits, -1)
+    for here, at in ((slice(prefixes, None), 0), (slice(0, prefixes), 3)):
+        n, token = count[here], tiles.begin[here]
+        if n.size == 0:
+            continue
+        if int(n.max()) == 1:
+            for i in range(3):
+                parts[token, at + i] = some[i][here]
+            continue
+        tile = np.repeat(np.arange(n.size), n)
+        within = np.arange(tile.size) - (np.cumsum(n) - n)[tile]
+        token = token[tile] + within
+        for i in range(3):
+            parts[token, at + i] = some[i][here][tile]
+        parts[token, at] += (within * partial[here][tile]).astype(np.int32)
+    plan[:4] = total, chunk, part_end[-1] if part_end.size else 0, splits.size
 
 
 def _prefix_passes(
     sizes: StepSizes,
-    starts: IntArray,
-    counts: IntArray,
-    context: IntArray,
+    starts: Int32Array,
+    ends: Int32Array,
+    context: Int32Array,
     real: npt.NDArray[np.bool_],
     own_tiles: IntArray,
     prefix_rows: Int32Array,
     prefix_blocks: Int32Array,
     block_size: int,
-) -> tuple[IntArray, IntArray, IntArray, IntArray]:
-    """Groups whose prefix is read once: their indices, first rows, end rows and shared keys."""
-    none = np.zeros(0, np.int64)
-    if not sizes.splits or prefix_blocks.size == 0:
-        return none, none, none, none
-    groups = np.flatnonzero((np.diff(prefix_rows) > 1) & (prefix_blocks * block_size >= PREFIX_KEYS))
+) -> tuple[IntArray, IntArray, IntArray] | None:
+    """First rows, end rows and shared keys of the groups whose prefix is read once; None where there is none."""
+    groups = np.flatnonzero((prefix_rows[1:] - prefix_rows[:-1] > 1) & (prefix_blocks >= -(-PREFIX_KEYS // block_size)))
     if groups.size == 0:
-        return none, none, none, none
-    first, end = prefix_rows[groups].astype(np.int64), prefix_rows[groups + 1].astype(np.int64)
-    bounds = np.stack((first, end), axis=1).ravel()
+        return None
+    first, end = prefix_rows[groups], prefix_rows[groups + 1]
+    bounds = np.empty(2 * groups.size, np.int64)
+    bounds[::2], bounds[1::2] = first, end
     # The rows between two groups fall to the odd places; an end behind the last row has nothing to reduce.
-    inside = bounds[:-1] if bounds[-1] == counts.size else bounds
-    full = np.where(real, context // block_size, NO_CHUNK)
-    blocks = np.minimum(prefix_blocks[groups], np.minimum.reduceat(full, inside)[::2])
-    rows = np.add.reduceat(real.astype(np.int64), inside)[::2]
+    inside = bounds[:-1] if bounds[-1] == starts.size else bounds
+    blocks = np.minimum.reduceat(np.where(real, context // block_size, NO_CHUNK), inside)[::2]
+    blocks = np.minimum(prefix_blocks[groups], blocks)
+    rows = np.add.reduceat(real, inside, dtype=np.int64)[::2]
     tiles = np.add.reduceat(own_tiles, inside)[::2]
-    tokens = starts[end - 1] + counts[end - 1] - starts[first]
+    tokens = ends[end - 1] - starts[first]
     keys = blocks.astype(np.int64) * block_size
     saved = (tiles - -(-tokens // sizes.tile_tokens)) * keys
-    pays = (rows > 1) & (keys >= PREFIX_KEYS) & (saved >= PREFIX_GAIN * tokens * sizes.heads_per_group)
-    return groups[pays], first[pays], end[pays], keys[pays]
+    pays = (rows > 1) & (keys >= PREFIX_KEYS) & (saved >= (PREFIX_GAIN * sizes.heads_per_group) * tokens)
+    if pays.all():
+        return first, end, keys
+    return (first[pays], end[pays], keys[pays]) if pays.any() else None
 
 
 def _chunk(length: IntArray, budget: int) -> int:
     """The shortest chunk that adds at most `budget` items."""
-    if budget:
-        for step in range(CHUNK_STEPS):
+    if budget and length.size:
+        # A chunk adds at least total / chunk - tiles items: shorter ones need not be tried.
+        least = int(length.sum()) // (MIN_CHUNK * (budget + length.size))
+        for step in range(least.bit_length() and least.bit_length() - 1, CHUNK_STEPS):
             chunk = MIN_CHUNK << step
             if int((-(-length // chunk)).sum()) - length.size <= budget:
                 return chunk
+    elif budget:
+        return MIN_CHUNK
     return NO_CHUNK

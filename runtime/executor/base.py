@@ -53,6 +53,9 @@ class Executor(ABC):
         """As `execute`, for callers that sample: logits may stay where they were computed."""
         return self.execute(inputs)
 
+    def expect_drafts(self, chains: bool) -> None:  # noqa: B027 - most executors have nothing to do
+        """Get ready for steps with drafts: chains, which need no tree mask, or trees. Idempotent."""
+
     def load_draft_heads(self) -> None:
         """Get the heads ready; without this call they cost nothing. Idempotent.
 

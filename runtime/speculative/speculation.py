@@ -195,5 +195,6 @@ def make_speculation(
     else:
         tree = DraftTree(options.paths())
         drafter = NgramDrafter(table, tree, manifest.tokens, options.prompt_lookup_min, options.prompt_lookup_max)
+    executor.expect_drafts(tree.linear)
     step_tokens = executor.memory_bound_tokens
     return Speculation(options, drafter, table, requests, blocks, manifest.tokens, step_tokens)

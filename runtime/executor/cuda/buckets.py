@@ -8,6 +8,12 @@ ROW_STEPS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 FEW_ROWS = 32
 """Prefill with at most so many rows beside it has buckets of its own."""
 SHORTEST_PREFILL = 64
+DRAFT_STEPS = (8, 16, 32, 48, 64, 96, 128, 160, 192, 256)
+"""Tokens of steps with drafts: as many as keep a step bound by memory, and some."""
+DRAFT_WORDS = DRAFT_STEPS[-1] // 32
+"""Mask words of their buckets: a row may hold all tokens of the step. Drafts that are chains have no mask."""
+LONG_DRAFTS = 8
+"""Draft steps of more tokens a row than this, on average, take the large tile: it reads their keys fewer times."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -18,13 +24,18 @@ class Bucket:
     rows: int
     wanted: int
     mask_words: int = 0
-    mixed: bool = False
-    """Prefill beside decoding: attention takes its large tile."""
+    large_tile: bool = False
+    """Many tokens a row: attention takes its large tile."""
 
     @property
     def groups(self) -> int:
         """Most groups that can share a prefix."""
         return self.rows // 2
+
+    @classmethod
+    def exactly(cls, tokens: int, rows: int, wanted: int, mask_words: int) -> Bucket:
+        """The shape of a step that has no bucket."""
+        return cls(tokens, rows, wanted, mask_words, _large_tile(tokens, rows, wanted, mask_words))
 
 
 class Buckets:
@@ -32,9 +43,11 @@ class Buckets:
 
     - decoding, at most two tokens a row on average: R of ROW_STEPS (then multiples of 64) up to `max_rows`, with R
       tokens and with 2 R, since a fork brings two;
-    - mixed, more tokens than that: 64, 128, ... `max_step_tokens` tokens, with FEW_ROWS and with `max_rows` rows.
+    - mixed, more tokens than that: 64, 128, ... `max_step_tokens` tokens, with FEW_ROWS and with `max_rows` rows;
+    - drafts, steps with a tree mask or with more logits than rows: T of DRAFT_STEPS, with a row for every token, and
+      with a row for every LONG_DRAFTS tokens; logits of all tokens. Trees and chains have buckets of their own.
 
-    Steps with drafts, and steps that fit nothing, run in their own shape, without a graph.
+    Steps that fit nothing run in their own shape, without a graph.
     """
 
     def __init__(self, max_rows: int, max_step_tokens: int) -> None:
@@ -44,18 +57,44 @@ class Buckets:
         while tokens[-1] // 2 >= SHORTEST_PREFILL:
             tokens.append(tokens[-1] // 2)
         beside = {min(FEW_ROWS, max_rows), max_rows}
-        self.mixed = sorted(Bucket(t, r, r, mixed=True) for t in tokens for r in beside)
+        self.mixed = sorted(Bucket(t, r, r, large_tile=True) for t in tokens for r in beside)
+        drafted = sorted({min(step, max_step_tokens) for step in DRAFT_STEPS})
+        self._drafts = {
+            (words > 0, large): [
+                Bucket(t, min(max(1, t // LONG_DRAFTS) if large else t, max_rows), t, words, large) for t in drafted
+            ]
+            for words in (0, DRAFT_WORDS)
+            for large in (False, True)
+        }
 
     @property
-    def all(self) -> list[Bucket]:
-        """Every bucket, the largest first: memory that later captures can use again."""
+    def plain(self) -> list[Bucket]:
+        """Every bucket of steps without drafts, the largest first: memory that later captures can use again."""
         return sorted([*self.decoding, *self.mixed], reverse=True)
+
+    def drafts(self, chains: bool) -> list[Bucket]:
+        """Every bucket of steps with drafts that are chains, or trees, the largest first."""
+        return sorted({*self._drafts[not chains, False], *self._drafts[not chains, True]}, reverse=True)
 
     def find(self, tokens: int, rows: int, wanted: int, mask_words: int) -> Bucket | None:
         """The first bucket of its kind, by tokens and then rows, that holds such a step; None where there is none."""
-        if mask_words:
-            return None
-        for bucket in self.decoding if tokens <= 2 * rows else self.mixed:
-            if bucket.tokens >= tokens and bucket.rows >= rows and bucket.wanted >= wanted:
+        for bucket in self._kind(tokens, rows, wanted, mask_words):
+            if (
+                bucket.tokens >= tokens
+                and bucket.rows >= rows
+                and bucket.wanted >= wanted
+                and bucket.mask_words >= mask_words
+            ):
                 return bucket
         return None
+
+    def _kind(self, tokens: int, rows: int, wanted: int, mask_words: int) -> list[Bucket]:
+        large = _large_tile(tokens, rows, wanted, mask_words)
+        if mask_words or wanted > rows:
+            return self._drafts[mask_words > 0, large]
+        return self.mixed if large else self.decoding
+
+
+def _large_tile(tokens: int, rows: int, wanted: int, mask_words: int) -> bool:
+    drafts = mask_words > 0 or wanted > rows
+    return tokens > (LONG_DRAFTS if drafts else 2) * rows

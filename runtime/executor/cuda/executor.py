@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-import sys
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -17,38 +14,24 @@ from apar.export.engine_weights import read_weights
 from apar.export.errors import ExecutorError
 from apar.export.manifest import Manifest
 from apar.plugins.gpu.dense import WEIGHT_FORMATS
-from apar.plugins.gpu.kernels.dot import INTERPRETED
 from apar.plugins.gpu.sizes import LARGE_TILE, SMALL_TILE
 from apar.runtime.executor.base import NO_HEADS_REMEDY, Executor
 from apar.runtime.executor.check import check_step
 from apar.runtime.executor.cuda.buckets import Bucket, Buckets
 from apar.runtime.executor.cuda.decoder import CudaDecoder, Model
+from apar.runtime.executor.cuda.device import usable_device
+from apar.runtime.executor.cuda.graphs import Graphs, Progress, Recorder, progress_line
 from apar.runtime.executor.cuda.sampling import TorchLogits
-from apar.runtime.executor.cuda.step_buffers import Layout, StepBuffers
+from apar.runtime.executor.cuda.step_buffers import Layout, idle_step
+from apar.runtime.executor.cuda.step_memory import StepMemory
 from apar.runtime.executor.pool import pool_blocks
 from apar.runtime.step import Float32Array, IntArray, StepInputs
 
-logger = logging.getLogger(__name__)
-
 DTYPES = ("bfloat16", "float16", "float32")
 POOL_SHARE = 0.92
-"""Of the device memory that is free once weights, buffers and graphs are there; the rest is for the allocator."""
-
-DRAFT_WORDS = 4
-"""Words of the widest tree mask that there are buffers for from the start: 128 draft nodes a row."""
-
-Progress = Callable[[int, int], None]
-"""Is told how many of how many CUDA graphs have been captured."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Room:
-    """What the buffers hold."""
-
-    size: int
-    wanted: int
-    tokens: int
-    parts: int
+"""Of the device memory that is free once weights and buffers are there; the rest is for the allocator."""
+GRAPH_BYTES = 16 << 20
+"""What is left free for each CUDA graph: a few hundred launches and their arguments."""
 
 
 class CudaExecutor(Executor):
@@ -79,10 +62,11 @@ class CudaExecutor(Executor):
         """Load an engine directory, or take a model that is in memory.
 
         num_blocks, kv_memory_bytes: size of the KV pool; by default 92 % of the memory that is free in the end.
+        device: "cuda" (the current one) or "cuda:N".
         dtype: of arithmetic and KV pool; by default that of the engine's weights, bfloat16 where that is float32.
         weights: "16bit", or "int8" or "fp8" for 8-bit matrices with a scale for each output.
         graphs: capture CUDA graphs; without them every launch costs host time.
-        max_rows, max_step_tokens: largest step that has a graph.
+        max_rows, max_step_tokens: largest step that there is memory and a graph for; see `step_limits`.
         checked: kernels that check every id (slower); errors are raised after the step.
         Raises EngineError for a damaged engine, ExecutorError for options that do not fit or too little memory.
         """
@@ -95,13 +79,13 @@ class CudaExecutor(Executor):
             raise ExecutorError(f"weights must be one of {', '.join(WEIGHT_FORMATS)}, not {weights!r}")
         if max_rows < 1 or max_step_tokens < max_rows:
             raise ExecutorError("max_rows must be at least 1 and max_step_tokens at least max_rows")
-        self._device = _usable(device)
+        self._device = usable_device(device)
         self._dtype: torch.dtype = getattr(torch, dtype)
         self._checked = checked
-        self._graphs = graphs and self._device.type == "cuda"
+        self._progress = progress or progress_line
         decoder = manifest.decoder
         try:
-            with torch.inference_mode():
+            with self._on_device(), torch.inference_mode():
                 self._decoder = CudaDecoder(
                     model,
                     device=self._device,
@@ -110,11 +94,12 @@ class CudaExecutor(Executor):
                     checked=checked,
                 )
                 self._table_width = -(-decoder.max_context // manifest.block_size)
+                self._limits = (max_rows, max_step_tokens)
                 self._buckets = Buckets(max_rows, max_step_tokens)
                 self._layouts: dict[Bucket, Layout] = {}
-                self._captured: dict[Bucket, torch.cuda.CUDAGraph] = {}
-                self._room: _Room | None = None
-                self._reserve(self._largest(max_rows, max_step_tokens))
+                self._graphs = Graphs(self._recorder() if graphs else None)
+                self._memory = self._make_memory(self._largest())
+                self._spare: StepMemory | None = None
                 self.num_blocks = self._pool_size(num_blocks, kv_memory_bytes)
                 shape = (
                     decoder.num_layers,
@@ -125,19 +110,32 @@ class CudaExecutor(Executor):
                     decoder.head_dim,
                 )
                 self._pools = torch.zeros(shape, dtype=self._dtype, device=self._device)
-                if self._graphs:
-                    self._capture_all(progress or _line)
+                # Compiles the copies, which no graph holds: a fork must not wait for that.
+                self._decoder.attention.copy(
+                    self._pools, torch.full((1, 2), -1, dtype=torch.int32, device=self._device)
+                )
+                self._graphs.capture(self._buckets.plain, self._idle, self._progress)
         except torch.OutOfMemoryError as error:
             raise ExecutorError(f"the GPU's memory does not hold the model and its pool: {error}") from error
         self._closed = False
-        self._wanted = self._hidden[:0]
+        self._wanted = self._memory.hidden[:0]
         pool_bytes = self._pools.numel() * self._pools.element_size()
         where = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "Triton's interpreter"
         self.detail = (
-            f"PyTorch {torch.__version__}, Triton {triton.__version__} on {where}, {dtype}, {weights} weights "
-            f"({self._decoder.matrix_bytes / 1e9:.2f} GB a step), {len(self._captured)} CUDA graphs, "
+            f"PyTorch {torch.__version__}, Triton {triton.__version__} on {where} ({self._device}), {dtype}, {weights} "
+            f"weights ({self._decoder.matrix_bytes / 1e9:.2f} GB a step), {len(self._graphs)} CUDA graphs, "
             f"{self.num_blocks} blocks of {manifest.block_size} ({pool_bytes / 1e9:.2f} GB)"
         )
+
+    @property
+    def step_limits(self) -> tuple[int, int]:
+        """Larger steps run too, in memory that is allocated then, and without a graph."""
+        return self._limits
+
+    @property
+    def foreseen_plans(self) -> int:
+        """Steps whose plan was made while the device was still at the step before."""
+        return self._memory.buffers.foreseen_plans
 
     @property
     def weight_bytes(self) -> int:
@@ -165,14 +163,29 @@ class CudaExecutor(Executor):
         )
         wanted = inputs.logits_rows.size
         try:
-            with torch.inference_mode():
-                self._run(inputs)
+            with self._on_device(), torch.inference_mode():
+                memory = self._run(inputs)
                 if self._checked:
                     self._decoder.attention.raise_errors()
+        except torch.OutOfMemoryError as error:
+            raise ExecutorError(
+                f"the GPU's memory does not hold a step of {inputs.input_ids.size} tokens: {error}"
+            ) from error
         except RuntimeError as error:
             raise ExecutorError(f"the step failed on the GPU: {error}") from error
-        self._wanted = self._hidden[:wanted]
-        return TorchLogits(self._logits[:wanted])
+        self._wanted = memory.hidden[:wanted]
+        self._foresee(inputs)
+        return TorchLogits(memory.logits[:wanted])
+
+    def expect_drafts(self, chains: bool) -> None:
+        """See Executor.expect_drafts: captures the graphs of steps with drafts."""
+        try:
+            with self._on_device(), torch.inference_mode():
+                self._graphs.capture(self._buckets.drafts(chains), self._idle, self._progress)
+        except torch.OutOfMemoryError as error:
+            raise ExecutorError(
+                f"the GPU's memory does not hold the graphs of drafts: {error}; give a smaller KV pool"
+            ) from error
 
     def load_draft_heads(self) -> None:
         """See Executor.load_draft_heads; the weights are here already."""
@@ -181,7 +194,7 @@ class CudaExecutor(Executor):
 
     def draft_logits(self, wanted: IntArray) -> Float32Array:
         """See Executor.draft_logits."""
-        with torch.inference_mode():
+        with self._on_device(), torch.inference_mode():
             rows = torch.from_numpy(wanted).to(self._device)
             logits: Float32Array = self._decoder.draft_logits(self._wanted[rows]).cpu().numpy()
             return logits
@@ -191,86 +204,104 @@ class CudaExecutor(Executor):
         if self._closed:
             return
         self._closed = True
-        self._captured.clear()
-        del self._decoder, self._pools, self._buffers, self._workspace, self._logits, self._hidden, self._wanted
+        self._graphs.clear()
+        self._spare = None
+        del self._decoder, self._pools, self._memory, self._wanted
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _run(self, inputs: StepInputs) -> None:
+    def _on_device(self) -> AbstractContextManager[object]:
+        """Makes the executor's GPU the calling thread's: Triton, streams, events and graphs go by that."""
+        return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
+
+    def _recorder(self) -> Recorder | None:
+        """What captures graphs, where there are any."""
+        return Recorder() if self._device.type == "cuda" else None
+
+    def _run(self, inputs: StepInputs) -> StepMemory:
         tokens, rows, wanted = inputs.input_ids.size, inputs.kv_len.size, inputs.logits_rows.size
         if tokens == 0:
-            return
-        if inputs.slot_copies.shape[0]:
-            copies = torch.from_numpy(inputs.slot_copies).to(self._device, non_blocking=True)
-            self._decoder.attention.copy(self._pools, copies)
+            return self._memory
         words = inputs.tree_mask.shape[1]
         bucket = self._buckets.find(tokens, rows, wanted, words)
-        if bucket is None:
-            layout = self._layout(Bucket(tokens, rows, wanted, words, mixed=tokens > 2 * rows))
-            self._reserve([layout])
+        layout = self._layout(bucket or Bucket.exactly(tokens, rows, wanted, words))
+        memory = self._memory if bucket is not None else self._memory_for(layout)
+        copies = memory.buffers.send(layout, inputs)
+        self._decoder.attention.copy(self._pools, copies)
+        replay = self._graphs.get(bucket)
+        if replay is None:
+            self._forward(layout, memory)
         else:
-            layout = self._known_layout(bucket)
-        self._buffers.send(layout, inputs)
-        graph = None if bucket is None else self._captured.get(bucket)
-        if graph is None:
-            self._forward(layout)
-        else:
-            graph.replay()
+            replay()
+        return memory
 
-    def _forward(self, layout: Layout) -> None:
+    def _forward(self, layout: Layout, memory: StepMemory) -> None:
         wanted = layout.bucket.wanted
         self._decoder.forward(
-            self._buffers.tensors(layout),
+            memory.buffers.tensors(layout),
             self._pools,
             layout.sizes,
-            self._workspace,
-            self._hidden[:wanted],
-            self._logits[:wanted],
+            memory.workspace,
+            memory.hidden[:wanted],
+            memory.logits[:wanted],
         )
 
+    def _idle(self, bucket: Bucket) -> Callable[[], None]:
+        """Launches of a bucket's padding alone: what a graph is captured from."""
+        layout, memory = self._layout(bucket), self._memory
+        memory.buffers.send(layout, idle_step(layout))
+        return lambda: self._forward(layout, memory)
+
+    def _foresee(self, inputs: StepInputs) -> None:
+        """Plan the next step while the device is at this one: the commonest has the same rows, a token each."""
+        rows = inputs.kv_len.size
+        if rows == 0 or inputs.tree_mask.shape[1] or not np.array_equal(inputs.logits_rows, inputs.query_start[1:] - 1):
+            return
+        bucket = self._buckets.find(rows, rows, rows, 0)
+        if bucket is not None:
+            self._memory.buffers.foresee(self._layout(bucket), inputs)
+
     def _layout(self, bucket: Bucket, tile: int = 0) -> Layout:
-        attention = self._decoder.attention
-        tile = LARGE_TILE if bucket.mixed else tile
-        sizes = attention.sizes(bucket.tokens, bucket.rows, bucket.groups, tile)
-        return Layout(bucket, sizes, self._table_width)
+        """Where a bucket's arrays lie; kept for those that come again. `tile` 0: what suits the bucket."""
+        known = self._layouts.get(bucket)
+        if known is not None and not tile:
+            return known
+        tile = LARGE_TILE if bucket.large_tile else tile
+        sizes = self._decoder.attention.sizes(bucket.tokens, bucket.rows, bucket.groups, tile)
+        layout = Layout(bucket, sizes, self._table_width)
+        if self._buckets.find(bucket.tokens, bucket.rows, bucket.wanted, bucket.mask_words) == bucket:
+            self._layouts[bucket] = layout
+        return layout
 
-    def _known_layout(self, bucket: Bucket) -> Layout:
-        if bucket not in self._layouts:
-            self._layouts[bucket] = self._layout(bucket)
-        return self._layouts[bucket]
-
-    def _largest(self, max_rows: int, max_step_tokens: int) -> list[Layout]:
-        """Layouts that together are at least as large as any step's, those with drafts included."""
+    def _largest(self) -> list[Layout]:
+        """Layouts that together are at least as large as any step's within the limits."""
         decoder = self.manifest.decoder
-        full = Bucket(max_step_tokens, max_rows, max_step_tokens, DRAFT_WORDS)
+        rows, tokens = self._limits
+        full = Bucket(tokens, rows, tokens, -(-tokens // 32))
         small = decoder.num_heads // decoder.num_kv_heads <= SMALL_TILE
         tiles = (SMALL_TILE, LARGE_TILE) if small else (LARGE_TILE,)
-        return [*(self._layout(full, tile) for tile in tiles), *map(self._known_layout, self._buckets.all)]
+        buckets = (*self._buckets.plain, *self._buckets.drafts(chains=True), *self._buckets.drafts(chains=False))
+        return [*(self._layout(full, tile) for tile in tiles), *map(self._layout, buckets)]
 
-    def _reserve(self, layouts: list[Layout]) -> None:
-        """Buffers that hold each of `layouts`. Graphs know the old ones by their addresses and go with them."""
+    def _memory_for(self, layout: Layout) -> StepMemory:
+        """Memory for a step of any size. The usual one stays as it is: graphs know it by its addresses."""
+        if self._memory.holds(layout):
+            return self._memory
+        if self._spare is None or not self._spare.holds(layout):
+            self._spare = None
+            self._spare = self._make_memory([layout])
+        return self._spare
+
+    def _make_memory(self, layouts: list[Layout]) -> StepMemory:
         decoder = self.manifest.decoder
-        size = max(layout.size for layout in layouts)
-        wanted = max(layout.bucket.wanted for layout in layouts)
-        tokens = max(layout.bucket.tokens for layout in layouts)
-        parts = max(layout.sizes.parts for layout in layouts)
-        if self._room is not None:
-            had = self._room
-            size, wanted = max(size, had.size), max(wanted, had.wanted)
-            tokens, parts = max(tokens, had.tokens), max(parts, had.parts)
-            if had == _Room(size, wanted, tokens, parts):
-                return
-            logger.warning(
-                "a step of %d tokens is larger than expected: CUDA graphs are dropped, load with a larger "
-                "max_step_tokens and max_rows",
-                layouts[0].bucket.tokens,
-            )
-        self._captured.clear()
-        self._room = _Room(size, wanted, tokens, parts)
-        self._buffers = StepBuffers(size, self.manifest.block_size, self._device)
-        self._logits = torch.zeros((wanted, decoder.vocab_size), dtype=torch.float32, device=self._device)
-        self._hidden = torch.zeros((wanted, decoder.hidden_size), dtype=self._dtype, device=self._device)
-        self._workspace = self._decoder.attention.workspace(tokens, parts, self._dtype)
+        return StepMemory(
+            layouts,
+            self._decoder.attention,
+            vocab_size=decoder.vocab_size,
+            hidden_size=decoder.hidden_size,
+            dtype=self._dtype,
+            device=self._device,
+        )
 
     def _pool_size(self, num_blocks: int | None, kv_memory_bytes: int | None) -> int:
         kind = "float32" if self._dtype == torch.float32 else "float16"
@@ -278,7 +309,7 @@ class CudaExecutor(Executor):
             torch.cuda.synchronize(self._device)
             torch.cuda.empty_cache()
             free, _ = torch.cuda.mem_get_info(self._device)
-            kv_memory_bytes = int(POOL_SHARE * (free - self._step_bytes()))
+            kv_memory_bytes = int(POOL_SHARE * (free - self._step_bytes() - self._graph_bytes()))
             if kv_memory_bytes <= 0:
                 raise ExecutorError("the model leaves no memory of the GPU for a KV pool; use weights='int8' or 'fp8'")
         return pool_blocks(self.manifest, kind, num_blocks, kv_memory_bytes)
@@ -287,74 +318,8 @@ class CudaExecutor(Executor):
         """Bytes that the largest step takes beside the buffers: activations, a few of each kind alive at once."""
         decoder = self.manifest.decoder
         width = 2 * decoder.hidden_size + decoder.qkv_size + 3 * decoder.intermediate_size
-        return 8 * max(bucket.tokens for bucket in self._buckets.all) * (width + 2 * decoder.hidden_size)
+        return 8 * self._limits[1] * (width + 2 * decoder.hidden_size)
 
-    def _capture_all(self, progress: Progress) -> None:
-        """Compile and capture every bucket, the largest first, in one memory pool."""
-        buckets = self._buckets.all
-        pool = torch.cuda.graph_pool_handle()
-        started = time.perf_counter()
-        for done, bucket in enumerate(buckets):
-            progress(done, len(buckets))
-            layout = self._known_layout(bucket)
-            self._buffers.send(layout, idle_step(layout))
-            self._forward(layout)
-            torch.cuda.synchronize(self._device)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
-                self._forward(layout)
-            self._captured[bucket] = graph
-        progress(len(buckets), len(buckets))
-        logger.info("captured %d CUDA graphs in %.1f s", len(buckets), time.perf_counter() - started)
-
-
-def _usable(name: str) -> torch.device:
-    """The device, if the kernels run on it. Raises ExecutorError with what to do."""
-    device = torch.device(name)
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ExecutorError(
-                "PyTorch finds no CUDA device; install a CUDA build of torch and check `nvidia-smi`, or run on the CPU"
-            )
-        if torch.cuda.get_device_capability(device) < (8, 0):
-            raise ExecutorError(
-                f"{torch.cuda.get_device_name(device)} is too old: the kernels need compute 8.0 or newer"
-            )
-        return device if ":" in name else torch.device("cuda", torch.cuda.current_device())
-    if not INTERPRETED.value:
-        raise ExecutorError(
-            f"the GPU kernels run on CUDA devices, not on {name!r}; use the torch executor without device"
-        )
-    return device
-
-
-def idle_step(layout: Layout) -> StepInputs:
-    """A step of a bucket's padding alone."""
-
-    def zeros(*shape: int) -> np.ndarray[tuple[int, ...], np.dtype[np.int32]]:
-        return np.zeros(shape, np.int32)
-
-    return StepInputs(
-        input_ids=zeros(0),
-        position_ids=zeros(0),
-        query_start=zeros(1),
-        kv_len=zeros(0),
-        block_table=zeros(0, 1),
-        slot_mapping=zeros(0),
-        slot_copies=zeros(0, 2),
-        prefix_rows=zeros(1),
-        prefix_blocks=zeros(0),
-        tree_mask=zeros(0, layout.bucket.mask_words),
-        logits_rows=zeros(0),
-    )
-
-
-def _line(done: int, total: int) -> None:
-    """Progress as a line that overwrites itself, where someone looks."""
-    if sys.stderr.isatty():
-        print(
-            f"\rcapturing CUDA graphs: {done} of {total}",
-            end="\n" if done == total else "",
-            file=sys.stderr,
-            flush=True,
-        )
+    def _graph_bytes(self) -> int:
+        """Bytes left for graphs, those of drafts included: the pool is there before anybody asks for drafts."""
+        return GRAPH_BYTES * (len(self._buckets.plain) + len(self._buckets.drafts(chains=False)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -16,6 +18,8 @@ _ALIGN = 4
 """Arrays begin at multiples of 16 bytes, as the kernels' loads want."""
 _STAGES = 2
 """Host copies of the memory: one may still be on its way while the next is filled."""
+COPIES_PER_ROW = 16
+"""Slot copies that there is room for, on average: a fork brings up to block_size - 1, an accepted draft its depth."""
 
 
 class Layout:
@@ -34,6 +38,8 @@ class Layout:
             "plan": (sizes.plan_size,),
             "tree_mask": (bucket.tokens, bucket.mask_words),
             "block_table": (bucket.rows, table_width),
+            # The last one: what a step does not use of it need not be sent.
+            "slot_copies": (COPIES_PER_ROW * bucket.rows, 2),
         }
         self.offsets: dict[str, int] = {}
         at = 0
@@ -58,34 +64,74 @@ class Layout:
 
 
 class StepBuffers:
-    """Memory for the largest layout, on the host (twice) and on the device."""
+    """Memory for the largest layout, on the host (twice) and on the device.
+
+    Attributes:
+        size: int32 elements.
+        foreseen_plans: plans that were ready before their step was known (`foresee`).
+    """
 
     def __init__(self, size: int, block_size: int, device: torch.device) -> None:
         pinned = device.type == "cuda"
         self.size = size
+        self.foreseen_plans = 0
         self._block_size = block_size
         self._device = torch.zeros(size, dtype=torch.int32, device=device)
         self._host = [torch.zeros(size, dtype=torch.int32, pin_memory=pinned) for _ in range(_STAGES)]
         self._sent = [torch.cuda.Event() if pinned else None for _ in range(_STAGES)]
         self._turn = 0
+        self._foreseen: _Foreseen | None = None
 
     def tensors(self, layout: Layout) -> dict[str, Tensor]:
         """The device's arrays of a layout: always at the same addresses."""
         return layout.tensors(self._device)
 
-    def send(self, layout: Layout, inputs: StepInputs) -> None:
-        """Pad a step to `layout`, plan it and start the copy to the device.
+    def send(self, layout: Layout, inputs: StepInputs) -> Tensor:
+        """Pad a step to `layout`, plan it and start the copy to the device, on the current stream.
 
         Padding tokens write nothing, padding rows are never read, padding logits are those of token 0.
+        Returns the step's slot copies [C, 2] on the device; they are no part of what graphs hold.
         """
         self._turn = (self._turn + 1) % _STAGES
         host, sent = self._host[self._turn], self._sent[self._turn]
         if sent is not None:
             sent.synchronize()
         self._fill(layout, layout.arrays(host.numpy()), inputs)
-        self._device[: layout.size].copy_(host[: layout.size], non_blocking=True)
+        copies = inputs.slot_copies.shape[0]
+        fits = copies <= layout.shapes["slot_copies"][0]
+        used = layout.offsets["slot_copies"] + (2 * copies if fits else 0)
+        self._device[:used].copy_(host[:used], non_blocking=True)
         if sent is not None:
             sent.record()
+        if not fits:
+            return torch.from_numpy(inputs.slot_copies).to(self._device.device)
+        return self.tensors(layout)["slot_copies"][:copies]
+
+    def foresee(self, layout: Layout, inputs: StepInputs) -> None:
+        """Plan the step that follows `inputs` if every row goes on with one token: `layout` is that step's.
+
+        To be called while the device works. Where the step turns out to be another, the plan is made then.
+        """
+        rows = inputs.kv_len.size
+        foreseen = _Foreseen(
+            layout, inputs.kv_len + 1, inputs.prefix_rows.copy(), inputs.prefix_blocks.copy(), np.empty(0, np.int32)
+        )
+        starts = np.minimum(np.arange(layout.bucket.rows + 1, dtype=np.int32), rows)
+        slots = np.full(layout.bucket.tokens, -1, np.int32)
+        slots[:rows] = 0
+        lengths = np.zeros(layout.bucket.rows, np.int32)
+        lengths[:rows] = foreseen.kv_len
+        foreseen.plan = make_plan(
+            layout.sizes,
+            query_start=starts,
+            kv_len=lengths,
+            slot_mapping=slots,
+            prefix_rows=foreseen.prefix_rows,
+            prefix_blocks=foreseen.prefix_blocks,
+            block_size=self._block_size,
+            masked=False,
+        )
+        self._foreseen = foreseen
 
     def _fill(self, layout: Layout, arrays: dict[str, Int32Array], inputs: StepInputs) -> None:
         tokens, rows, wanted = inputs.input_ids.size, inputs.kv_len.size, inputs.logits_rows.size
@@ -102,7 +148,17 @@ class StepBuffers:
         width = min(inputs.block_table.shape[1], arrays["block_table"].shape[1])
         arrays["block_table"][:rows, :width] = inputs.block_table[:, :width]
         if layout.bucket.mask_words:
-            arrays["tree_mask"][:tokens] = inputs.tree_mask
+            words = inputs.tree_mask.shape[1]
+            arrays["tree_mask"][:tokens, :words] = inputs.tree_mask
+            arrays["tree_mask"][:tokens, words:] = 0
+        copies = inputs.slot_copies.shape[0]
+        if copies <= arrays["slot_copies"].shape[0]:
+            arrays["slot_copies"][:copies] = inputs.slot_copies
+        foreseen, self._foreseen = self._foreseen, None
+        if foreseen is not None and foreseen.layout is layout and foreseen.is_of(inputs):
+            arrays["plan"][:] = foreseen.plan
+            self.foreseen_plans += 1
+            return
         make_plan(
             layout.sizes,
             query_start=arrays["query_start"],
@@ -113,6 +169,30 @@ class StepBuffers:
             block_size=self._block_size,
             masked=layout.bucket.mask_words > 0,
             out=arrays["plan"],
+        )
+
+
+@dataclass(slots=True)
+class _Foreseen:
+    """A step of one token a row that may come, and its plan: all that a plan depends on."""
+
+    layout: Layout
+    kv_len: Int32Array
+    prefix_rows: Int32Array
+    prefix_blocks: Int32Array
+    plan: Int32Array
+
+    def is_of(self, inputs: StepInputs) -> bool:
+        """Whether `inputs` is that step."""
+        rows = self.kv_len.size
+        return (
+            inputs.input_ids.size == rows == inputs.kv_len.size
+            and np.array_equal(inputs.kv_len, self.kv_len)
+            and np.array_equal(inputs.prefix_rows, self.prefix_rows)
+            and np.array_equal(inputs.prefix_blocks, self.prefix_blocks)
+            and int(inputs.query_start[-1]) == rows
+            and int(np.diff(inputs.query_start).min()) == 1
+            and int(inputs.slot_mapping.min()) >= 0
         )
 
 
@@ -128,4 +208,25 @@ def attention_tensors(tensors: dict[str, Tensor]) -> StepTensors:
         prefix_rows=nothing,
         prefix_blocks=nothing[:0],
         tree_mask=tensors["tree_mask"],
+    )
+
+
+def idle_step(layout: Layout) -> StepInputs:
+    """A step of a bucket's padding alone."""
+
+    def zeros(*shape: int) -> np.ndarray[tuple[int, ...], np.dtype[np.int32]]:
+        return np.zeros(shape, np.int32)
+
+    return StepInputs(
+        input_ids=zeros(0),
+        position_ids=zeros(0),
+        query_start=zeros(1),
+        kv_len=zeros(0),
+        block_table=zeros(0, 1),
+        slot_mapping=zeros(0),
+        slot_copies=zeros(0, 2),
+        prefix_rows=zeros(1),
+        prefix_blocks=zeros(0),
+        tree_mask=zeros(0, layout.bucket.mask_words),
+        logits_rows=zeros(0),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +18,42 @@ from apar.runtime.engine import Engine
 from apar.runtime.engine_source import tiny_checkpoint
 from apar.runtime.executor import load_executor
 from apar.runtime.executor.base import Executor
-from apar.runtime.executor.cuda.buckets import Bucket, Buckets
-from apar.runtime.executor.cuda.executor import CudaExecutor, idle_step
+from apar.runtime.executor.cuda.buckets import DRAFT_STEPS, DRAFT_WORDS, Bucket, Buckets
+from apar.runtime.executor.cuda.executor import CudaExecutor
+from apar.runtime.executor.cuda.graphs import Recorder, Replay
+from apar.runtime.executor.cuda.step_buffers import idle_step
 from apar.runtime.limits import SchedulerLimits
 from apar.runtime.sampling_params import SamplingParams
 from apar.runtime.step import StepInputs
 
 LIMITS = SchedulerLimits(max_rows=4, max_step_tokens=16)
 SMALL = {"device": "cpu", "num_blocks": 64, "max_rows": LIMITS.max_rows, "max_step_tokens": LIMITS.max_step_tokens}
+
+
+class Rehearsal(Recorder):
+    """Stands in for CUDA graphs, which the CPU has not: replays call the launches of the capture again, over the
+    addresses and shapes that they had then, whatever step is asked for."""
+
+    def __init__(self) -> None:
+        self.recorded = 0
+        self.replayed = 0
+
+    def record(self, work: Callable[[], None]) -> Replay:
+        self.recorded += 1
+
+        def replay() -> None:
+            self.replayed += 1
+            work()
+
+        return replay
+
+
+class RehearsedExecutor(CudaExecutor):
+    """`CudaExecutor` with `Rehearsal`."""
+
+    def _recorder(self) -> Recorder:
+        self.rehearsal = Rehearsal()
+        return self.rehearsal
 
 
 @pytest.fixture(scope="module")
@@ -92,20 +121,64 @@ def test_the_tiny_model_token_for_token(tiny: Path, dtype: str) -> None:
     assert generate(executor, 4) == expected
 
 
-def test_a_step_larger_than_expected_still_runs(random_engine: Path) -> None:
-    executor = CudaExecutor(random_engine, dtype="float32", device="cpu", num_blocks=64, max_rows=1, max_step_tokens=2)
+def test_graphs_serve_every_step(random_engine: Path) -> None:
+    """Decoding, chunks, forks and drafts replay what was captured at load: only static memory reaches it."""
+    executor = RehearsedExecutor(random_engine, dtype="float32", **SMALL)
     oracle = load_executor(random_engine, "torch", device="cpu", num_blocks=64)
-    assert worst(executor, oracle, life(4, 1)) < 1e-4
+    plain, drafts = len(executor._buckets.plain), len(executor._buckets.drafts(chains=False))
+    assert executor.rehearsal.recorded == plain
+    executor.expect_drafts(chains=False)
+    executor.expect_drafts(chains=False)
+    assert executor.rehearsal.recorded == plain + drafts
+    steps = life(8, 5)
+    small = [step for step in steps if step.input_ids.size <= LIMITS.max_step_tokens]
+    masked = [step for step in small if step.tree_mask.shape[1]]
+    assert len(steps) > len(small) > len(masked) == 2 and sum(step.slot_copies.size > 0 for step in small) == 2
+    assert worst(executor, oracle, steps) < 1e-4
+    assert executor.rehearsal.replayed == len(small)
+
+
+def test_a_step_larger_than_expected_still_runs(random_engine: Path) -> None:
+    """In memory of its own: graphs go on with theirs."""
+    executor = RehearsedExecutor(
+        random_engine, dtype="float32", device="cpu", num_blocks=64, max_rows=1, max_step_tokens=2
+    )
+    oracle = load_executor(random_engine, "torch", device="cpu", num_blocks=64)
+    first = life(4, 1)[0]
+    assert first.input_ids.size > 2
+    assert worst(executor, oracle, [first]) < 1e-4
+    assert executor.rehearsal.replayed == 0
+    single = life(4, 1)[0]
+    for name in ("input_ids", "position_ids", "slot_mapping"):
+        setattr(single, name, getattr(first, name)[:1])
+    single.tree_mask, single.query_start = first.tree_mask[:1, :0], np.array([0, 1], np.int32)
+    single.kv_len, single.block_table = first.position_ids[:1] + 1, first.block_table[:1]
+    single.slot_copies, single.prefix_rows, single.prefix_blocks = (
+        first.slot_copies[:0],
+        np.array([0, 1], np.int32),
+        np.zeros(1, np.int32),
+    )
+    single.logits_rows = np.zeros(1, np.int32)
+    assert worst(executor, oracle, [single]) < 1e-4
+    assert executor.rehearsal.replayed == 1
+
+
+def test_plans_are_made_ahead(tiny: Path) -> None:
+    """Decoding goes on as foreseen, and whoever is wrong about it plans again."""
+    executor = RehearsedExecutor(tiny, dtype="float32", **SMALL)
+    expected = generate(load_executor(tiny, "torch", device="cpu", num_blocks=64), 6)
+    assert generate(executor, 6) == expected
+    assert executor.foreseen_plans >= 3
 
 
 def test_idle_steps_write_nothing(random_engine: Path) -> None:
     """What graphs are captured with: a bucket of padding alone."""
     executor = CudaExecutor(random_engine, dtype="float32", **SMALL)
-    layout = executor._known_layout(Bucket(2, 1, 1))
+    layout = executor._layout(Bucket(2, 1, 1))
     with torch.inference_mode():
-        executor._buffers.send(layout, idle_step(layout))
-        executor._forward(layout)
-    assert not executor._pools.any() and torch.isfinite(executor._logits[:1]).all()
+        executor._memory.buffers.send(layout, idle_step(layout))
+        executor._forward(layout, executor._memory)
+    assert not executor._pools.any() and torch.isfinite(executor._memory.logits[:1]).all()
 
 
 def test_bad_ids_change_nothing(random_engine: Path) -> None:
@@ -142,16 +215,24 @@ def test_heads_that_no_kernel_takes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("rows", "tokens"), [(256, 1024), (1, 2), (100, 300), (512, 2048)])
 def test_every_step_has_a_bucket(rows: int, tokens: int) -> None:
     buckets = Buckets(rows, tokens)
-    assert len(buckets.all) == len(set(buckets.all)) < 60
+    assert len(buckets.plain) == len(set(buckets.plain)) < 60
+    assert all(0 < len(buckets.drafts(chains)) <= 2 * len(DRAFT_STEPS) for chains in (False, True))
     random = np.random.default_rng(0)
     for _ in range(300):
         r = int(random.integers(1, rows + 1))
         t = int(random.integers(r, tokens + 1))
         bucket = buckets.find(t, r, r, 0)
         assert bucket is not None and bucket.tokens >= t and bucket.rows >= r <= bucket.wanted
-        assert bucket.mixed == (t > 2 * r)
-        if not bucket.mixed:
+        assert bucket.large_tile == (t > 2 * r)
+        if not bucket.large_tile:
             assert bucket.tokens <= max(8, 2.1 * t)
-    assert buckets.find(rows, rows, rows, 1) is None
+        words = int(random.integers(0, DRAFT_WORDS + 1)) if t > r else 1
+        bucket = buckets.find(t, r, t, words)
+        if t > DRAFT_STEPS[-1]:
+            assert bucket is None
+        else:
+            assert bucket is not None and bucket.tokens >= t and bucket.rows >= r and bucket.wanted >= t
+            assert bucket.large_tile == (t > 8 * r) and bucket.mask_words == (DRAFT_WORDS if words else 0)
+    assert buckets.find(rows, rows, rows, DRAFT_WORDS + 1) is None
     assert buckets.find(tokens + 1, rows, rows, 0) is None
     assert buckets.find(1, 1, 1, 0) == Bucket(1, 1, 1)

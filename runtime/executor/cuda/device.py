@@ -1,0 +1,28 @@
+"""Which devices the kernels run on."""
+
+from __future__ import annotations
+
+import torch
+
+from apar.export.errors import ExecutorError
+from apar.plugins.gpu.kernels.dot import INTERPRETED
+
+
+def usable_device(name: str) -> torch.device:
+    """The device, if the kernels run on it. Raises ExecutorError with what to do."""
+    device = torch.device(name)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ExecutorError(
+                "PyTorch finds no CUDA device; install a CUDA build of torch and check `nvidia-smi`, or run on the CPU"
+            )
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            raise ExecutorError(
+                f"{torch.cuda.get_device_name(device)} is too old: the kernels need compute 8.0 or newer"
+            )
+        return device if ":" in name else torch.device("cuda", torch.cuda.current_device())
+    if not INTERPRETED.value:
+        raise ExecutorError(
+            f"the GPU kernels run on CUDA devices, not on {name!r}; use the torch executor without device"
+        )
+    return device
