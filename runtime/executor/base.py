@@ -65,7 +65,8 @@ class Executor(ABC):
 
     def draft_logits(self, wanted: IntArray) -> Float32Array:
         """Draft logits float32 [N, heads, vocab] of N tokens of the last step; `wanted` [N] are places in its
-        `logits_rows`. The array belongs to the executor and is valid until the next call."""
+        `logits_rows`. The array belongs to the executor and is valid (and may be written by the caller) until the next
+        call."""
         raise ExecutorError(f"the heads of the {self.name} executor are not loaded")
 
     @abstractmethod

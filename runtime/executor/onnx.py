@@ -31,7 +31,11 @@ from apar.runtime.step import INPUT_NAMES, Float32Array, IntArray, StepInputs
 GRAPHS = ("auto", "native", "portable")
 _INT32 = np.dtype(np.int32)
 _ALIGNMENT = 64
-_ONNX_TYPES = {np.dtype(np.int32): np.int32, np.dtype(np.int64): np.int64, np.dtype(np.bool_): np.bool_}
+_BINDABLE = {np.dtype(np.int32), np.dtype(np.int64), np.dtype(np.bool_)}
+_BUFFER_ROWS = 64
+"""Rows that an output's buffer begins with."""
+_ONE_THREAD_BYTES = 16 << 20
+"""Heads whose weights take less run on one thread: waking others takes longer than they would save."""
 
 
 class OnnxExecutor(Executor):
@@ -100,8 +104,10 @@ class OnnxExecutor(Executor):
             self._binding.bind_ortvalue_input(f"past_kv_{layer}", pool)
             self._binding.bind_ortvalue_output(f"present_kv_{layer}", pool)
             self._pools.append(pool)
-        self._logits = np.empty((64, decoder.vocab_size), np.float32)
-        self._hidden = np.empty((0, decoder.hidden_size), np.float32)
+        self._logits = _OutputBuffer(decoder.vocab_size)
+        self._hidden = _OutputBuffer(decoder.hidden_size)
+        self._last_hidden = np.empty((0, decoder.hidden_size), np.float32)
+        self._draft_logits = _OutputBuffer(0)
         self._session = session
         pool_bytes = self.num_blocks * size * decoder.kv_bytes_per_token(kv_dtype)
         self.detail = (
@@ -121,20 +127,15 @@ class OnnxExecutor(Executor):
             size = self.manifest.block_size
             check_step(inputs, num_blocks=self.num_blocks, block_size=size, vocab_size=decoder.vocab_size)
             tensors = portable_inputs(inputs, size, self._scratch)
-        bind = self._binding.bind_input
+        bind, native = self._binding.bind_cpu_input, self.graph == "native"
         for name, array in tensors.items():
-            kind = _ONNX_TYPES.get(array.dtype)
-            if kind is None or not array.flags.c_contiguous or (self.graph == "native" and array.dtype != _INT32):
+            if array.dtype not in _BINDABLE or not array.flags.c_contiguous or (native and array.dtype != _INT32):
                 raise ExecutorError(f"{name} must be a C-contiguous int32 array, not {array.dtype}")
-            bind(name, "cpu", 0, kind, array.shape, array.ctypes.data)
+            bind(name, array)
         wanted = inputs.logits_rows.size
-        if wanted > self._logits.shape[0]:
-            self._logits = np.empty((max(wanted, 2 * self._logits.shape[0]), decoder.vocab_size), np.float32)
-        logits = self._logits[:wanted]
-        self._binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+        logits = self._logits.bind(self._binding, "logits", wanted)
         if self._heads is not None:
-            self._hidden = hidden = np.empty((wanted, decoder.hidden_size), np.float32)
-            self._binding.bind_output("hidden", "cpu", 0, np.float32, hidden.shape, hidden.ctypes.data)
+            self._last_hidden = self._hidden.bind(self._binding, "hidden", wanted)
         try:
             self._session.run_with_iobinding(self._binding)
         except Exception as error:  # ONNX Runtime's exceptions have no common base
@@ -143,22 +144,30 @@ class OnnxExecutor(Executor):
 
     def load_draft_heads(self) -> None:
         """See Executor.load_draft_heads."""
-        if self.manifest.draft_heads is None:
+        heads = self.manifest.draft_heads
+        if heads is None:
             raise ExecutorError(f"{self._engine} has no Medusa heads; {NO_HEADS_REMEDY}")
         if self._heads is None:
+            decoder = self.manifest.decoder
+            matrices = heads.count * heads.blocks * decoder.hidden_size + heads.count * decoder.vocab_size
+            small = 2 * matrices * decoder.hidden_size < _ONE_THREAD_BYTES
             # Two sessions whose idle threads both poll would take the cores from each other.
-            options = _session_options(self._threads, spinning=False)
+            options = _session_options(1 if small else self._threads, spinning=False)
             if self.graph == "native":
                 _register_library(options)
             name = HEADS_GRAPH_NAME if self.graph == "native" else PORTABLE_HEADS_GRAPH_NAME
             self._heads = _load(self._engine / name, options)
+            self._heads_binding = self._heads.io_binding()
+            self._draft_logits = _OutputBuffer(heads.count, decoder.vocab_size)
 
     def draft_logits(self, wanted: IntArray) -> Float32Array:
         """See Executor.draft_logits."""
         if self._heads is None:
             return super().draft_logits(wanted)
+        self._heads_binding.bind_cpu_input("hidden", self._last_hidden[wanted])
+        logits = self._draft_logits.bind(self._heads_binding, "draft_logits", wanted.size)
         try:
-            logits: Float32Array = self._heads.run(["draft_logits"], {"hidden": self._hidden[wanted]})[0]
+            self._heads.run_with_iobinding(self._heads_binding)
         except Exception as error:  # ONNX Runtime's exceptions have no common base
             raise ExecutorError(f"the draft heads failed in ONNX Runtime: {_useful(error)}") from error
         return logits
@@ -170,9 +179,34 @@ class OnnxExecutor(Executor):
         self._binding.clear_binding_inputs()
         self._binding.clear_binding_outputs()
         del self._binding
+        if self._heads is not None:
+            self._heads_binding.clear_binding_inputs()
+            self._heads_binding.clear_binding_outputs()
+            del self._heads_binding
         self._pools.clear()
         self._session = self._heads = None
-        self._logits = np.empty((0, 0), np.float32)
+        self._logits = self._hidden = self._draft_logits = _OutputBuffer(0)
+        self._last_hidden = np.empty((0, 0), np.float32)
+
+
+class _OutputBuffer:
+    """Memory for an output of [N, ...] float32, kept from step to step, as ONNX Runtime's value for each N in use."""
+
+    def __init__(self, *shape: int) -> None:
+        self._memory: Float32Array = np.empty((_BUFFER_ROWS, *shape), np.float32)
+        self._values: dict[int, tuple[Float32Array, onnxruntime.OrtValue]] = {}
+
+    def bind(self, binding: onnxruntime.IOBinding, name: str, rows: int) -> Float32Array:
+        """Let an output have `rows` rows of the memory; returns them."""
+        found = self._values.get(rows)
+        if found is None:
+            if rows > self._memory.shape[0]:
+                self._memory = np.empty((max(rows, 2 * self._memory.shape[0]), *self._memory.shape[1:]), np.float32)
+                self._values.clear()
+            part = self._memory[:rows]
+            found = self._values[rows] = part, onnxruntime.OrtValue.ortvalue_from_numpy(part)
+        binding.bind_ortvalue_output(name, found[1])
+        return found[0]
 
 
 def _session_options(threads: int, spinning: bool) -> onnxruntime.SessionOptions:

@@ -88,7 +88,7 @@ class Horizon:
         slowest = np.minimum.reduceat(clock, starts)
         level = slowest == requests.clock[owners]
         alone = (requests.live[owners] == 1) & level
-        free = alone | self._certified(rows, groups, clock, slowest)
+        free = alone if alone.all() else alone | self._certified(rows, groups, clock, slowest)
         if free.all():
             return Reach(rows, allowance, np.zeros(rows.size, dtype=bool))
         catching = np.repeat(~free & ~level, groups.sizes)

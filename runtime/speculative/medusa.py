@@ -80,15 +80,18 @@ class MedusaDrafter(Drafter):
                 self._length[child.slot] = table.length[child.slot]
 
     def _best(self, logits: Float32Array, no_fork: np.ndarray[tuple[int, ...], np.dtype[np.bool_]]) -> Int32Array:
-        """[n, depth, ranks] likeliest tokens of each head, [Child] never, [Fork] not where a branch cannot fork."""
-        logits = logits.copy()
+        """[n, depth, ranks] likeliest tokens of each head, [Child] never, [Fork] not where a branch cannot fork.
+
+        Overwrites `logits`.
+        """
         logits[:, :, self.tokens_of.child] = -np.inf
-        logits[no_fork, :, self.tokens_of.fork] = -np.inf
+        if no_fork.any():
+            logits[no_fork, :, self.tokens_of.fork] = -np.inf
         ranks = self._guesses.shape[2]
         best = np.empty((*logits.shape[:2], ranks), dtype=np.int32)
+        rows, heads = np.ogrid[: logits.shape[0], : logits.shape[1]]
         for rank in range(ranks):
             top = logits.argmax(axis=2)
             best[:, :, rank] = top
-            if rank + 1 < ranks:
-                np.put_along_axis(logits, top[:, :, None], -np.inf, axis=2)
+            logits[rows, heads, top] = -np.inf
         return best

@@ -52,8 +52,10 @@ class Verification:
         parents = np.zeros(0, dtype=np.int64)
         if drafts is not None:
             # Rows with drafts are level, so all of them sample; their places among the sampled rows:
-            inside = np.isin(step.rows, self.slots)
-            sizes, self._together = drafts.sizes[inside], drafts.together[inside]
+            sizes, self._together = drafts.sizes, drafts.together
+            if step.rows is not self.slots:
+                inside = np.isin(step.rows, self.slots)
+                sizes, self._together = sizes[inside], self._together[inside]
             self.tokens, parents = drafts.tokens, drafts.tree.parent
         self.sizes = sizes
         self._row = np.repeat(np.arange(count), sizes)
