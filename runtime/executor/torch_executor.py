@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from apar.export.engine_weights import read_weights
 from apar.export.errors import ExecutorError
-from apar.export.manifest import KV_DTYPES, Manifest
+from apar.export.manifest import KV_DTYPES
 from apar.runtime.executor.base import NO_HEADS_REMEDY, Executor
 from apar.runtime.executor.check import check_step, padding_free
+from apar.runtime.executor.model import Model
 from apar.runtime.executor.pool import pool_blocks
 from apar.runtime.step import Float32Array, IntArray, StepInputs
 
@@ -63,13 +63,13 @@ class TorchExecutor(Executor):
 
     def __init__(
         self,
-        engine: Path,
+        engine: Path | Model,
         *,
         num_blocks: int | None = None,
         kv_memory_bytes: int | None = None,
         kv_dtype: str = "float32",
     ) -> None:
-        """Load the weights of an engine directory.
+        """Load the weights of an engine directory, or take a model that is in memory.
 
         num_blocks, kv_memory_bytes: size of the KV pool; see `pool_blocks`.
         kv_dtype: "float32", or "float16" to round keys and values as such a pool does.
@@ -77,13 +77,16 @@ class TorchExecutor(Executor):
         """
         if kv_dtype not in KV_DTYPES:
             raise ExecutorError(f"kv_dtype must be one of {', '.join(KV_DTYPES)}, not {kv_dtype!r}")
-        self.manifest = Manifest.load(engine)
+        model = Model.of(engine)
+        self.manifest = model.manifest
         decoder = self.manifest.decoder
         self.num_blocks = pool_blocks(self.manifest, kv_dtype, num_blocks, kv_memory_bytes)
         self._device = torch.device("cpu")
         self._weights = {
-            name: torch.from_numpy(np.require(array, np.float32, ["C", "W"])).to(self._device)
-            for name, array in read_weights(engine).items()
+            name: array.float()
+            if isinstance(array, Tensor)
+            else torch.from_numpy(np.require(array, np.float32, ["C", "W"])).to(self._device)
+            for name, array in model.weights.items()
         }
         self._inv_freq = torch.tensor(decoder.rope_inv_freq, dtype=torch.float32, device=self._device)
         shape = (2, self.num_blocks, decoder.num_kv_heads, self.manifest.block_size, decoder.head_dim)

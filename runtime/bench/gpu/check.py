@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,14 +12,20 @@ from typing import Any
 import torch
 
 from apar.plugins.gpu.kernels.dot import INTERPRETED
-from apar.runtime.bench.gpu import attention, correctness, decoding
+from apar.runtime.bench.gpu import answers, attention, correctness, decoding
 from apar.runtime.bench.gpu.machine import Machine
 from apar.runtime.bench.gpu.report import Report
 from apar.runtime.executor.cuda.executor import CudaExecutor
 
+GRACE = 30.0
+"""Seconds that the section at the deadline may still take."""
 
-def check(output: Path, only: str, deadline: float, *, dry: bool, script: Path) -> int:
-    """Run the sections whose names begin with `only`; write `output`. Returns the exit status."""
+
+def check(output: Path, only: str, deadline: float, *, dry: bool, script: Path, resume: bool = False) -> int:
+    """Run the sections whose names begin with `only`; write `output`. Returns the exit status.
+
+    resume: take over the sections that `output` holds, and run the others.
+    """
     if dry != bool(INTERPRETED.value):
         print("error: a dry run needs TRITON_INTERPRET=1, and a real one must not have it", file=sys.stderr)
         return 2
@@ -25,7 +33,10 @@ def check(output: Path, only: str, deadline: float, *, dry: bool, script: Path) 
         print("error: PyTorch finds no CUDA device; --dry-run tries the script on a CPU", file=sys.stderr)
         return 2
     machine = Machine(torch.device("cpu" if dry else "cuda"), dry)
-    report = Report(machine.describe(), deadline)
+    report = Report(machine.describe(), deadline, output)
+    if resume:
+        report.read()
+        machine.recall_limits(report.sections.get("limits", {}))
     model = decoding.model_7b(machine)
     loaded: list[CudaExecutor] = []
 
@@ -55,20 +66,32 @@ def check(output: Path, only: str, deadline: float, *, dry: bool, script: Path) 
         ("load 7b", 60, load_model),
         ("decode steps", 10, with_model(lambda e: decoding.decode_steps(machine, e))),
         ("fork cost", 5, with_model(lambda e: decoding.fork_cost(machine, e))),
-        ("answers, one at a time", 30, with_model(lambda e: decoding.recorded_answers(machine, e, 1, requests[0]))),
-        ("answers, 64 at a time", 60, with_model(lambda e: decoding.recorded_answers(machine, e, 64, requests[1]))),
+        ("answers, one at a time", 60, with_model(lambda e: answers.recorded_answers(machine, e, 1, requests[0]))),
+        ("answers, 64 at a time", 90, with_model(lambda e: answers.recorded_answers(machine, e, 64, requests[1]))),
         ("8-bit weights", 60, lambda: _after(loaded, lambda: decoding.weight_formats(machine, model))),
         ("flex attention", 40, lambda: attention.flex_attention(machine)),
     ]
     if only == "small kernels":
         sections = [("small kernels", 0, lambda: correctness.kernels(machine, small=True))]
         only = ""
-    for name, needs, section in sections:
-        if name.startswith(only):
+    with report.watched(GRACE):
+        for name, needs, section in sections:
+            if not name.startswith(only) or name in report.sections:
+                continue
             report.run(name, section, needs)
-            report.write(output)
+            if report.sections[name].get("ok") is False and not machine.works():
+                # Nothing more can run here: another process goes on where this one has to stop.
+                return _go_on(report, script, only, dry)
     print(f"\n{output}: {len(report.sections)} sections, failed: {', '.join(report.failed) or 'none'}")
     return 1 if report.failed else 0
+
+
+def _go_on(report: Report, script: Path, only: str, dry: bool) -> int:
+    """Run the rest in a process of its own, which has a CUDA context of its own."""
+    minutes = max(0.0, report.deadline - time.perf_counter()) / 60
+    command = [sys.executable, str(script), "-o", str(report.path), "--only", only, "--minutes", f"{minutes:.3f}"]
+    print("\nthe device does not answer any more; a new process goes on", flush=True)
+    return subprocess.run([*command, "--resume", *(["--dry-run"] if dry else [])], check=False).returncode or 1
 
 
 def _after(loaded: list[CudaExecutor], section: Callable[[], dict[str, Any]]) -> dict[str, Any]:

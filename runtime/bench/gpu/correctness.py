@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from apar.export import onnx_engine
 from apar.export.manifest import DecoderConfig, Manifest, TokenIds
 from apar.plugins.gpu.dense import Matrix
+from apar.runtime.bench.gpu import tiny
 from apar.runtime.bench.gpu.cases import Case, Heads, Shape
 from apar.runtime.bench.gpu.machine import Machine
 from apar.runtime.bench.gpu.models import RandomWeights, plain_logits, prompt_step
-from apar.runtime.chat import render_chat
 from apar.runtime.engine import Engine
-from apar.runtime.engine_source import tiny_checkpoint
 from apar.runtime.executor.base import Executor
-from apar.runtime.executor.cuda.decoder import Model
 from apar.runtime.executor.cuda.executor import CudaExecutor
+from apar.runtime.executor.model import Model
 from apar.runtime.executor.torch_executor import TorchExecutor
 from apar.runtime.limits import SchedulerLimits
 from apar.runtime.sampling_params import SamplingParams
-from apar.runtime.tokenizer import Tokenizer
 
 BOUNDS = {torch.float32: 2e-5, torch.float16: 6e-3, torch.bfloat16: 3e-2}
 """Largest error of attention, of its largest output."""
@@ -110,48 +105,39 @@ def matrices(machine: Machine) -> dict[str, Any]:
 
 
 def tiny_model(machine: Machine) -> dict[str, Any]:
-    """The shipped model, token for token: in float32 against the plain executor, in bfloat16 beside it."""
-    checkpoint = tiny_checkpoint()
-    heldout = json.loads((checkpoint / "heldout.json").read_text(encoding="utf-8"))
+    """The shipped model, token for token: in float32 against the plain executor, in bfloat16 beside it; without and
+    with drafts, which must change no token."""
     length = machine.pick(160, 2)
     limits = machine.pick(
         SchedulerLimits(max_rows=32, max_step_tokens=256), SchedulerLimits(max_rows=2, max_step_tokens=8)
     )
-    with tempfile.TemporaryDirectory() as folder:
-        engine = Path(folder) / "tiny"
-        onnx_engine.build(checkpoint, engine)
-        tokenizer = Tokenizer.load(engine)
-        prompts = [render_chat(entry["messages"], tokenizer) for entry in heldout[: machine.pick(12, 1)]]
-        prompts = machine.pick(prompts, [prompt[:6] for prompt in prompts])
-        options: dict[str, Any] = {
-            "device": str(machine.device),
-            "num_blocks": 512,
-            "max_rows": limits.max_rows,
-            "max_step_tokens": limits.max_step_tokens,
-        }
-        expected = _generate(TorchExecutor(engine, num_blocks=512), prompts, length, limits)
-        exact = _generate(CudaExecutor(engine, dtype="float32", **options), prompts, length, limits)
-        rounded = (
-            exact
-            if machine.dry
-            else _generate(CudaExecutor(engine, dtype="bfloat16", **options), prompts, length, limits)
-        )
-    branches = sum(len(tree) for tree in expected)
-    return {
-        "ok": exact == expected,
-        "prompts": len(prompts),
-        "branches": branches,
-        "tokens": sum(len(branch) for tree in expected for branch in tree),
-        "float32_equal": sum(a == b for a, b in zip(exact, expected, strict=True)),
-        "bfloat16_equal": sum(a == b for a, b in zip(rounded, expected, strict=True)),
+    model, prompts = tiny.tiny_model()
+    prompts = machine.pick(prompts, [prompt[:6] for prompt in prompts[:1]])
+    options: dict[str, Any] = {
+        "device": str(machine.device),
+        "num_blocks": 512,
+        "max_rows": limits.max_rows,
+        "max_step_tokens": limits.max_step_tokens,
     }
+    expected = _generate(TorchExecutor(model, num_blocks=512), prompts, length, limits)
+    found: dict[str, Any] = {
+        "prompts": len(prompts),
+        "branches": sum(len(tree) for tree in expected),
+        "tokens": sum(len(branch) for tree in expected for branch in tree),
+    }
+    for dtype, draft in (("float32", "none"), ("float32", "ngram"), *machine.pick((("bfloat16", "none"),), ())):
+        trees = _generate(CudaExecutor(model, dtype=dtype, **options), prompts, length, limits, draft)
+        name = dtype if draft == "none" else f"{dtype}_{draft}"
+        found[f"{name}_equal"] = sum(a == b for a, b in zip(trees, expected, strict=True))
+    exact = (found["float32_equal"], found["float32_ngram_equal"])
+    return {"ok": exact == (len(prompts), len(prompts)), **found}
 
 
 def _generate(
-    executor: Executor, prompts: list[list[int]], length: int, limits: SchedulerLimits
+    executor: Executor, prompts: list[list[int]], length: int, limits: SchedulerLimits, draft: str = "none"
 ) -> list[list[list[int]]]:
     """Tokens of every branch of every prompt, greedily, all prompts in one batch."""
-    engine = Engine(executor, limits)
+    engine = Engine(executor, limits, draft=draft)
     requests = [
         engine.submit(str(i), prompt, SamplingParams(max_tokens=length, temperature=0.0))
         for i, prompt in enumerate(prompts)

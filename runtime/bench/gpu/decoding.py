@@ -1,10 +1,9 @@
-"""Whole steps of the 7B shape with random weights: decoding, forks, recorded answers."""
+"""Whole steps of the 7B shape with random weights: decoding and forks, beside the card's limits."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections import deque
 from typing import Any
 
 import numpy as np
@@ -16,15 +15,9 @@ from apar.plugins.gpu.plan import make_plan
 from apar.plugins.gpu.sizes import StepSizes
 from apar.runtime.bench.gpu.machine import Machine
 from apar.runtime.bench.gpu.models import RandomWeights, decode_step
-from apar.runtime.bench.workload import Workload, forks, plan_workload
-from apar.runtime.engine import Engine
-from apar.runtime.executor.cuda.decoder import Model
 from apar.runtime.executor.cuda.executor import CudaExecutor
-from apar.runtime.executor.replay import ReplayExecutor
-from apar.runtime.executor.replay_script import text_tokens
-from apar.runtime.limits import SchedulerLimits
-from apar.runtime.sampling_params import SamplingParams
-from apar.runtime.step import Float32Array, StepInputs
+from apar.runtime.executor.model import Model
+from apar.runtime.step import StepInputs
 
 CONTEXT = 512
 """Keys before the token of a timed decoding step."""
@@ -179,14 +172,13 @@ def matrices(machine: Machine) -> dict[str, Any]:
                     matrix(x)
 
             seconds = machine.seconds(work) / len(copies)
-            rate = 2.0 * count * outputs * columns / seconds
             rows.append(
                 {
                     "weights": form,
                     "rows": count,
                     "us": 1e6 * seconds,
                     "% of copy": machine.percent_of_copy(copies[0].bytes, seconds),
-                    "% of GEMM": 100 * rate / machine.gemm_rate,
+                    "% of GEMM": machine.percent_of_gemm(2.0 * count * outputs * columns, seconds),
                 }
             )
     return {"rows": rows}
@@ -209,85 +201,3 @@ def host_plan(machine: Machine) -> dict[str, Any]:
         make_plan(sizes, **step, block_size=16, masked=False)
         times.append(time.perf_counter() - began)
     return {"plan_ms": 1e3 * statistics.median(times)}
-
-
-class ForcedExecutor(ReplayExecutor):
-    """Computes every step on the device, samples from it, and then says what a recorded answer goes on with."""
-
-    def __init__(self, executor: CudaExecutor, workload: Workload) -> None:
-        decoder = executor.manifest.decoder
-        super().__init__(
-            workload.trees,
-            num_blocks=executor.num_blocks,
-            block_size=executor.manifest.block_size,
-            vocab_size=decoder.vocab_size,
-            max_context=decoder.max_context,
-        )
-        self._inner = executor
-        self.foreign_seconds = 0.0
-        """Time of the replay, which a server would not spend."""
-
-    def execute(self, inputs: StepInputs) -> Float32Array:
-        """See Executor.execute."""
-        logits = self._inner.logits(inputs)
-        count = inputs.logits_rows.size
-        nobody, numbers = np.zeros(count, np.bool_), np.zeros((count, 4))
-        if count:
-            logits.draw(logits.shape[1], [], nobody, numbers, numbers[:, 0])
-        began = time.perf_counter()
-        forced = super().execute(inputs)
-        self.foreign_seconds += time.perf_counter() - began
-        return forced
-
-
-def recorded_answers(machine: Machine, executor: CudaExecutor, concurrency: int, requests: int) -> dict[str, Any]:
-    """Recorded Vicuna-7B answers through the real scheduler, forks off and on, `concurrency` requests at a time.
-
-    Times are of everything but the replay and its sampling: what a server with this model would take.
-    """
-    workload = plan_workload("vicuna-7b", requests=requests, concurrency=concurrency)
-    chosen = list(workload.order)[:requests]
-    rows: list[dict[str, Any]] = []
-    for policy in ("never", "always"):
-        forced = ForcedExecutor(executor, workload)
-        limits = SchedulerLimits(
-            max_rows=machine.pick(256, 4), max_step_tokens=machine.pick(1024, 16), prefix_caching=False
-        )
-        engine = Engine(forced, limits)
-        most = 1 + max(forks(tree) for tree in workload.trees)
-        params = SamplingParams(max_tokens=2**30, max_branches=most, seed=0, fork=policy == "always")
-        waiting, live = deque(chosen), 0
-        steps, tokens, done = 0, 0, 0
-        began = time.perf_counter()
-        budget = machine.pick(10**9, 3)
-        while (waiting or live) and steps < budget:
-            while waiting and live < concurrency:
-                tree = waiting.popleft()
-                engine.submit(f"{policy}-{len(waiting)}", forced.replay_prompt(tree, len(waiting)), params)
-                tokens += text_tokens(workload.trees[tree])
-                live += 1
-            report = engine.step()
-            steps += 1
-            if report is not None:
-                live -= len(report.finished)
-                done += sum(request.finish_reason == "stop" for request in report.finished)
-        seconds = time.perf_counter() - began - forced.foreign_seconds - engine.sample_seconds
-        rows.append(
-            {
-                "forks": policy,
-                "requests": done,
-                "steps": steps,
-                "text tokens": tokens,
-                "seconds": seconds,
-                "tokens/s": tokens / seconds,
-                "ms a step": 1e3 * seconds / steps,
-                "host ms a step": 1e3 * (engine.host_seconds) / steps,
-            }
-        )
-    finished = all(row["requests"] == len(chosen) for row in rows) or machine.dry
-    return {
-        "ok": finished,
-        "rows": rows,
-        "gain in tokens/s": rows[1]["tokens/s"] / rows[0]["tokens/s"],
-        "gain in steps": rows[0]["steps"] / rows[1]["steps"],
-    }

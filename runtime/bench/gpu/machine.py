@@ -37,6 +37,20 @@ class Machine:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
+    def works(self) -> bool:
+        """Whether the device still answers: an illegal access in a kernel spoils the whole process."""
+        try:
+            self.synchronize()
+            torch.ones(1, device=self.device).item()
+        except RuntimeError:
+            return False
+        return True
+
+    def recall_limits(self, found: dict[str, Any]) -> None:
+        """Take over what `measure_limits` returned before."""
+        self.copy_bandwidth = float(found.get("copy_bytes_per_second", 0.0))
+        self.gemm_rate = float(found.get("gemm_flops_per_second", 0.0))
+
     def seconds(self, work: Callable[[], object], *, repeats: int = 20, graph: bool = True) -> float:
         """Median seconds of `work`, which must be launches only. On a GPU a captured graph is replayed: the host's
         own time is left out; `graph` False times calls as they are."""
@@ -68,6 +82,10 @@ class Machine:
     def percent_of_copy(self, moved: float, seconds: float) -> float:
         """Percent of the copy bandwidth that reading `moved` bytes in `seconds` reaches."""
         return 100.0 * moved / seconds / self.copy_bandwidth if self.copy_bandwidth else 0.0
+
+    def percent_of_gemm(self, operations: float, seconds: float) -> float:
+        """Percent of the GEMM rate that so many floating-point operations in `seconds` reach."""
+        return 100.0 * operations / seconds / self.gemm_rate if self.gemm_rate else 0.0
 
     def measure_limits(self) -> dict[str, Any]:
         """Copy bandwidth and GEMM rate, on random data: zeros would flatter both."""

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,11 +28,15 @@ class Report:
     machine: dict[str, Any]
     deadline: float
     """`time.perf_counter()` after which no section is begun."""
+    path: Path
+    """The JSON document, written anew after every section."""
     sections: dict[str, dict[str, Any]] = field(default_factory=dict)
+    _running: str = ""
 
     def run(self, name: str, section: Section, needs: float = 0.0) -> None:
         """Run a section, unless fewer than `needs` seconds are left; what it raises is written down."""
         began = time.perf_counter()
+        self._running = name
         print(f"\n== {name}", flush=True)
         if began + needs > self.deadline:
             found: dict[str, Any] = {"skipped": "no time left"}
@@ -40,14 +48,39 @@ class Report:
         found["seconds"] = round(time.perf_counter() - began, 2)
         self.sections[name] = found
         print(section_text(found), flush=True)
+        self.write()
+
+    def read(self) -> None:
+        """Take over the sections of a document that is there."""
+        self.sections = dict(json.loads(self.path.read_text(encoding="utf-8"))["sections"])
+
+    @contextmanager
+    def watched(self, grace: float) -> Iterator[None]:
+        """Ends the process, the report written, where a section has not come back `grace` seconds after the deadline:
+        a kernel that hangs cannot be stopped from within."""
+
+        def give_up() -> None:
+            print(f"\n{self.path}: a section hangs; the process is ended", file=sys.stderr, flush=True)
+            self.sections[self._running or "?"] = {"ok": False, "error": "did not come back in time", "seconds": None}
+            self.write()
+            os._exit(3)
+
+        timer = threading.Timer(max(0.0, self.deadline - time.perf_counter()) + grace, give_up)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     @property
     def failed(self) -> list[str]:
         """Sections that ran and failed."""
         return [name for name, found in self.sections.items() if found.get("ok") is False]
 
-    def write(self, path: Path) -> None:
+    def write(self) -> None:
         """Write everything as one JSON document, atomically."""
+        path = self.path
         partial = path.with_suffix(path.suffix + ".partial")
         document = {"gpu_check": 1, "machine": self.machine, "failed": self.failed, "sections": self.sections}
         partial.write_text(json.dumps(document, indent=2, default=str) + "\n", encoding="utf-8")

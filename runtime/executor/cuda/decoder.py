@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from apar.export.manifest import Manifest
 from apar.plugins.gpu.dense import Matrix, add_norm, embed, selected_norm, silu_mul
 from apar.plugins.gpu.fork_attention import ForkAttention, Workspace
 from apar.plugins.gpu.sizes import StepSizes
 from apar.runtime.executor.cuda.step_buffers import attention_tensors
-
-
-@dataclass(frozen=True, slots=True)
-class Model:
-    """A manifest and float32 weights by the names of `read_weights`, on the host or on the device already."""
-
-    manifest: Manifest
-    weights: Mapping[str, npt.NDArray[np.float32] | Tensor]
+from apar.runtime.executor.model import Model
 
 
 @dataclass(frozen=True, slots=True)

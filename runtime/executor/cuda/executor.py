@@ -10,20 +10,19 @@ import numpy as np
 import torch
 import triton
 
-from apar.export.engine_weights import read_weights
 from apar.export.errors import ExecutorError
-from apar.export.manifest import Manifest
 from apar.plugins.gpu.dense import WEIGHT_FORMATS
 from apar.plugins.gpu.sizes import LARGE_TILE, SMALL_TILE
 from apar.runtime.executor.base import NO_HEADS_REMEDY, Executor
 from apar.runtime.executor.check import check_step
 from apar.runtime.executor.cuda.buckets import Bucket, Buckets
-from apar.runtime.executor.cuda.decoder import CudaDecoder, Model
+from apar.runtime.executor.cuda.decoder import CudaDecoder
 from apar.runtime.executor.cuda.device import usable_device
 from apar.runtime.executor.cuda.graphs import Graphs, Progress, Recorder, progress_line
 from apar.runtime.executor.cuda.sampling import TorchLogits
 from apar.runtime.executor.cuda.step_buffers import Layout, idle_step
 from apar.runtime.executor.cuda.step_memory import StepMemory
+from apar.runtime.executor.model import Model
 from apar.runtime.executor.pool import pool_blocks
 from apar.runtime.step import Float32Array, IntArray, StepInputs
 
@@ -70,7 +69,7 @@ class CudaExecutor(Executor):
         checked: kernels that check every id (slower); errors are raised after the step.
         Raises EngineError for a damaged engine, ExecutorError for options that do not fit or too little memory.
         """
-        model = engine if isinstance(engine, Model) else Model(Manifest.load(engine), read_weights(engine))
+        model = Model.of(engine)
         self.manifest = manifest = model.manifest
         dtype = dtype or (manifest.dtype if manifest.dtype != "float32" else "bfloat16")
         if dtype not in DTYPES:

@@ -33,7 +33,15 @@ SECTIONS = [
     "8-bit weights",
     "flex attention",
 ]
-INTERPRETED = ("check_plan", "check_attention", "check_ids", "check_dense", "check_executor", "check_padding")
+INTERPRETED = (
+    "check_plan",
+    "check_attention",
+    "check_ids",
+    "check_dense",
+    "check_executor",
+    "check_padding",
+    "check_report",
+)
 COMPILED = ("check_compiled",)
 
 
@@ -82,7 +90,12 @@ def test_gpu_check_runs_dry(tmp_path: Path) -> None:
     assert list(report["sections"]) == SECTIONS
     assert not any("error" in found for found in report["sections"].values())
     assert report["sections"]["tiny model"]["float32_equal"] == 1
+    assert report["sections"]["tiny model"]["float32_ngram_equal"] == 1
     assert len(report["sections"]["decode steps"]["rows"]) == 2
+    for name in ("answers, one at a time", "answers, 64 at a time"):
+        plain, drafted, forked, both = report["sections"][name]["rows"]
+        assert drafted["steps"] < plain["steps"] > forked["steps"] >= both["steps"]
+        assert drafted["accepted a step"] > 0 and plain["drafted a step"] == 0
 
 
 def test_every_check_is_run() -> None:
