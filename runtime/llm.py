@@ -192,7 +192,8 @@ def load_text_engine(
     """Load an engine directory with its tokenizer; arguments as for `LLM`."""
     chosen = DraftOptions.of(draft)
     tokenizer = Tokenizer.load(directory)
-    loaded = load_executor(directory, executor, **options)
+    sizes = limits or SchedulerLimits()
+    loaded = load_executor(directory, executor, room=(sizes.max_rows, sizes.max_step_tokens), **options)
     try:
         return TextEngine(Engine(loaded, limits, draft=chosen), tokenizer)
     except BaseException:

@@ -19,6 +19,7 @@ from apar.export.errors import PluginError
 from apar.plugins.gpu.builds import Build
 
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
+_STACK = re.compile(r"(\d+) bytes stack frame")
 _REGISTERS = re.compile(r"Used (\d+) registers")
 
 
@@ -33,6 +34,8 @@ class Compiled:
     shared_bytes: int
     registers: int
     spill_bytes: int
+    stack_bytes: int
+    """Of a thread's stack frame: arrays that are indexed at run time, and spills."""
     extra_arguments: int
     """Null pointers that the compiler wants behind the build's own arguments."""
 
@@ -65,7 +68,7 @@ def compile_build(build: Build, sm: int) -> Compiled:
     if metadata.global_scratch_size or metadata.num_ctas != 1:
         raise PluginError(f"{build.name} needs global scratch or clusters, which the launch table has no words for")
     parameters = kernel.asm["ptx"].split(")", 1)[0].count(".param")
-    registers, spills = _resources(kernel.asm["ptx"], sm)
+    registers, spills, stack = _resources(kernel.asm["ptx"], sm)
     return Compiled(
         build=build,
         sm=sm,
@@ -74,6 +77,7 @@ def compile_build(build: Build, sm: int) -> Compiled:
         shared_bytes=metadata.shared,
         registers=registers,
         spill_bytes=spills,
+        stack_bytes=stack,
         extra_arguments=parameters - len(build.parameters),
     )
 
@@ -89,8 +93,8 @@ def _settings() -> Iterator[None]:
         knobs.compilation.disable_line_info = before
 
 
-def _resources(ptx: str, sm: int) -> tuple[int, int]:
-    """Registers a thread and bytes of spills, as ptxas says them."""
+def _resources(ptx: str, sm: int) -> tuple[int, int, int]:
+    """Registers a thread, bytes of spills and of the stack frame, as ptxas says them."""
     tool = knobs.nvidia.ptxas_blackwell if sm >= 90 and hasattr(knobs.nvidia, "ptxas_blackwell") else knobs.nvidia.ptxas
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
@@ -102,7 +106,7 @@ def _resources(ptx: str, sm: int) -> tuple[int, int]:
             text=True,
             check=False,
         )
-    registers, spills = _REGISTERS.search(done.stderr), _SPILLS.search(done.stderr)
-    if done.returncode or registers is None or spills is None:
+    registers, spills, stack = (pattern.search(done.stderr) for pattern in (_REGISTERS, _SPILLS, _STACK))
+    if done.returncode or registers is None or spills is None or stack is None:
         raise PluginError(f"ptxas did not report the kernel's resources: {done.stderr.strip()}")
-    return int(registers[1]), int(spills[1]) + int(spills[2])
+    return int(registers[1]), int(spills[1]) + int(spills[2]), int(stack[1])

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import os
 import struct
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +154,49 @@ def table_text(entries: Sequence[Entry]) -> str:
     return "\n".join([*lines, f"{len(entries)} kernels, {total} bytes, {spilling} with spills"])
 
 
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """An entry, and what only its maker is told."""
+
+    entry: Entry
+    name: str
+    stack_bytes: int
+
+
+def compile_all(choice: Choice, sms: Sequence[int], jobs: int) -> list[Packed]:
+    """Every build for every architecture, `jobs` at a time, with progress on stderr.
+
+    Triton keeps what it has compiled in its cache directory: a run that was broken off goes on where it was.
+    """
+    tasks = [(choice, index, sm) for sm in sms for index in range(len(list(choice.builds())))]
+    done: list[Packed] = []
+    if jobs <= 1:
+        results: Iterator[Packed] = map(_compile, tasks)
+        pool: AbstractContextManager[object] = nullcontext()
+    else:
+        # Fresh processes: Triton's compiler keeps threads and locks that a fork would copy.
+        workers = ProcessPoolExecutor(min(jobs, len(tasks)), mp_context=multiprocessing.get_context("spawn"))
+        pool, results = workers, workers.map(_compile, tasks)
+    with pool:
+        for kernel in results:
+            done.append(kernel)
+            progress = f"{len(done)} of {len(tasks)}: sm_{kernel.entry.sm} {kernel.name}"
+            print(f"\r{progress:<70}", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    return done
+
+
+def _compile(task: tuple[Choice, int, int]) -> Packed:
+    """One build. Triton's functions do not travel between processes, so that builds are named by their place."""
+    choice, index, sm = task
+    compiled = compile_build(next(islice(choice.builds(), index, None)), sm)
+    return Packed(Entry.of(compiled), compiled.build.name, compiled.stack_bytes)
+
+
+def _processors() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
@@ -162,6 +210,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--head-dim", default=list(HEAD_DIMS), type=_numbers, metavar="N,...")
     parser.add_argument("--block-size", default=[16, 32, 64], type=_numbers, metavar="N,...")
     parser.add_argument("--dtype", default=list(DTYPES), type=lambda text: text.split(","), metavar="NAME,...")
+    parser.add_argument(
+        "--jobs", default=_processors(), type=int, metavar="N", help="compilers at a time (default: %(default)s)"
+    )
     parser.add_argument("--checked", action="store_true", help="kernels that check every id")
     options = parser.parse_args(arguments)
     try:
@@ -169,18 +220,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(table_text(read_table(options.list.read_bytes())))
             return 0
         choice = Choice(options.dtype, options.head_dim, options.block_size, checked=options.checked)
-        builds = list(choice.builds())
-        entries = []
-        for sm in options.sm:
-            for build in builds:
-                entries.append(Entry.of(compile_build(build, sm)))
-                print(
-                    f"\r{len(entries)} of {len(builds) * len(options.sm)}: sm_{sm} {build.name:<40}",
-                    end="",
-                    file=sys.stderr,
-                )
-        print(file=sys.stderr)
+        kernels = compile_all(choice, options.sm, options.jobs)
+        entries = [kernel.entry for kernel in kernels]
         print(table_text(entries))
+        framed = [
+            f"{kernel.name} sm_{kernel.entry.sm} {kernel.stack_bytes}" for kernel in kernels if kernel.stack_bytes
+        ]
+        print(f"stack frames in bytes: {', '.join(framed) or 'none'}")
         if options.output is not None:
             partial = options.output.with_suffix(options.output.suffix + ".partial")
             partial.write_bytes(write_table(entries))

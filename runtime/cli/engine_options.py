@@ -28,7 +28,18 @@ def add_engine_options(parser: Parser, required: bool = True) -> None:
         "--executor",
         choices=("auto", "onnx", "torch", "tensorrt"),
         default="auto",
-        help="what runs the model; auto is what the engine was built for: onnx, or tensorrt",
+        help="what runs the model; auto is tensorrt for its engines, torch where there is a GPU that can run the model, "
+        "else onnx",
+    )
+    group.add_argument(
+        "--device",
+        metavar="NAME",
+        help="cpu, cuda or cuda:N (default: a GPU where one can run the model, else the CPU)",
+    )
+    group.add_argument(
+        "--weights",
+        choices=("bf16", "fp16", "int8", "fp8"),
+        help="weights on a GPU; int8 and fp8 have a scale for each output (default: 16 bits, as the engine has them)",
     )
     group.add_argument(
         "--graph",
@@ -95,6 +106,10 @@ def add_policy_options(group: argparse._ArgumentGroup) -> None:
 def executor_options(options: argparse.Namespace) -> dict[str, Any]:
     """Keyword arguments of the executor; only what the user gave."""
     found: dict[str, Any] = {}
+    if options.device is not None:
+        found["device"] = options.device
+    if options.weights is not None:
+        found["weights"] = options.weights
     if options.graph != "auto":
         found["graph"] = options.graph
     if options.threads is not None:
@@ -110,7 +125,17 @@ def executor_options(options: argparse.Namespace) -> dict[str, Any]:
 
 def engine_arguments(options: argparse.Namespace) -> list[str]:
     """The same options as a command line, for another `apar` command; ENGINE is not among them."""
-    names = ["executor", "graph", "threads", "num_blocks", "kv_memory_mb", "max_rows", "max_step_tokens"]
+    names = [
+        "executor",
+        "device",
+        "weights",
+        "graph",
+        "threads",
+        "num_blocks",
+        "kv_memory_mb",
+        "max_rows",
+        "max_step_tokens",
+    ]
     names += ["fork_policy", "slo_first_token", "slo_latency"]
     given = [(f"--{name.replace('_', '-')}", getattr(options, name)) for name in names]
     arguments = [str(part) for pair in given if pair[1] is not None for part in pair]

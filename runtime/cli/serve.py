@@ -228,6 +228,7 @@ def _parameters(options: argparse.Namespace, directory: Path, limits: Any) -> di
         parameters["draft_options"] = json.dumps({name: value for name, value in given.items() if value is not None})
     found = executor_options(options)
     blocks, memory = found.pop("num_blocks", None), found.pop("kv_memory_bytes", None)
+    parameters |= {name: found.pop(name) for name in ("device", "weights") if name in found}
     if blocks is not None:
         parameters["num_blocks"] = str(blocks)
     if memory is not None:

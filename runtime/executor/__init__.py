@@ -9,6 +9,7 @@ from typing import Any
 from apar.export.errors import ExecutorError
 from apar.export.manifest import Manifest
 from apar.runtime.executor.base import Executor
+from apar.runtime.executor.choice import choose
 
 __all__ = ["EXECUTORS", "Executor", "load_executor"]
 
@@ -19,18 +20,27 @@ EXECUTORS = {
 }
 
 
-def load_executor(engine: Path, name: str = "auto", **options: Any) -> Executor:
-    """Load an engine directory with the executor called `name`; "auto" is what the engine was built for.
+def load_executor(engine: Path, name: str = "auto", *, room: tuple[int, int] | None = None, **options: Any) -> Executor:
+    """Load an engine directory with the executor called `name`; "auto" is what suits the engine and this machine
+    (`choice`).
 
     `package.module:Class` names an executor of one's own. Options are those of the executor's constructor, such as
-    `num_blocks`.
+    `num_blocks`; onnx also takes `device="cpu"`. room: (rows, tokens) of the largest steps that will come, for
+    executors that allocate by it.
     Raises ExecutorError for an unknown name or option, and what the constructor raises.
     """
     if name in ("auto", "onnx", "torch"):
-        compiled = Manifest.load(Path(engine)).tensorrt is not None
-        if compiled and name != "auto":
+        manifest = Manifest.load(Path(engine))
+        if manifest.tensorrt is not None and name != "auto":
             raise ExecutorError(f"{engine} is a TensorRT engine, which the {name} executor cannot run; use tensorrt")
-        name = ("tensorrt" if compiled else "onnx") if name == "auto" else name
+        if name == "auto":
+            name = choose(manifest, options)
+    if name == "onnx":
+        device = options.pop("device", "auto")
+        if device not in ("auto", "cpu"):
+            raise ExecutorError(f"the onnx executor runs on the CPU, not on {device!r}; use the torch executor")
+    if name == "torch" and room is not None:
+        options = {"max_rows": room[0], "max_step_tokens": room[1]} | options
     module, attribute = EXECUTORS.get(name) or name.partition(":")[::2]
     if not attribute:
         raise ExecutorError(

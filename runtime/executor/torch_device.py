@@ -7,6 +7,7 @@ from typing import Any
 
 from apar.export.errors import ExecutorError
 from apar.runtime.executor.base import Executor
+from apar.runtime.executor.choice import GPU_OPTIONS
 
 try:
     import torch
@@ -24,6 +25,15 @@ def load_torch_executor(engine: Path, *, device: str = "auto", **options: Any) -
     if device == "cpu":
         from apar.runtime.executor.torch_executor import TorchExecutor
 
+        for name in GPU_OPTIONS:
+            if options.pop(name, None) is not None:
+                raise ExecutorError(
+                    f"{name} is an option for GPUs; on the CPU the torch executor computes in float32. "
+                    "Engines with small weights are built with: apar build --quantize"
+                )
+        # Steps of any size run there.
+        options.pop("max_rows", None)
+        options.pop("max_step_tokens", None)
         return TorchExecutor(engine, **options)
     try:
         from apar.runtime.executor.cuda.executor import CudaExecutor

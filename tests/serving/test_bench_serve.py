@@ -33,6 +33,7 @@ def test_engine_options_reach_the_service() -> None:
     parser = Parser(prog="test")
     add_engine_options(parser)
     given = {"--executor": "onnx", "--graph": "portable", "--threads": "3", "--num-blocks": "7", "--max-rows": "9"}
+    given |= {"--device": "cpu", "--weights": "fp8"}
     given |= {"--max-step-tokens": "99", "--fork-policy": "adaptive", "--slo-first-token": "2", "--slo-latency": "3"}
     for more in (["--no-spinning"], ["--spinning", "--kv-memory-mb", "5"]):
         chosen = {k: v for k, v in given.items() if not ("--kv-memory-mb" in more and k == "--num-blocks")}

@@ -37,6 +37,7 @@ def test_values() -> None:
             "engine": "/e",
             "executor": "onnx",
             "executor_options": '{"threads": 2}',
+            "device": "cpu",
             "kv_memory_mb": "3",
             "max_rows": "600",
             "draft": "ngram",
@@ -46,7 +47,7 @@ def test_values() -> None:
             "step_timeout_s": "0",
         }
     )
-    assert settings.options == {"threads": 2, "kv_memory_bytes": 3 << 20}
+    assert settings.options == {"threads": 2, "device": "cpu", "kv_memory_bytes": 3 << 20}
     assert (settings.limits.max_rows, settings.limits.max_step_tokens, settings.limits.max_live_branches) == (
         600,
         1200,

@@ -31,7 +31,7 @@ def add_shape_options(parser: Parser, default_format: str = "int4") -> argparse.
         action=argparse.BooleanOptionalAction,
         help="idle threads poll for work (default: yes, except where the variable CI is set)",
     )
-    group.set_defaults(num_blocks=None, kv_memory_mb=None)
+    group.set_defaults(num_blocks=None, kv_memory_mb=None, device=None, weights=None)
     return group
 
 

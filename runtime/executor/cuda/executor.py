@@ -11,7 +11,6 @@ import torch
 import triton
 
 from apar.export.errors import ExecutorError
-from apar.plugins.gpu.dense import WEIGHT_FORMATS
 from apar.plugins.gpu.sizes import LARGE_TILE, SMALL_TILE
 from apar.runtime.executor.base import NO_HEADS_REMEDY, Executor
 from apar.runtime.executor.check import check_step
@@ -27,6 +26,9 @@ from apar.runtime.executor.pool import pool_blocks
 from apar.runtime.step import Float32Array, IntArray, StepInputs
 
 DTYPES = ("bfloat16", "float16", "float32")
+WEIGHTS = {"16bit": (None, "16bit"), "bf16": ("bfloat16", "16bit"), "fp16": ("float16", "16bit")}
+WEIGHTS |= {"int8": (None, "int8"), "fp8": (None, "fp8")}
+"""What `weights` may be: the dtype that it asks for, and the format of matrices."""
 POOL_SHARE = 0.92
 """Of the device memory that is free once weights and buffers are there; the rest is for the allocator."""
 GRAPH_BYTES = 16 << 20
@@ -63,7 +65,8 @@ class CudaExecutor(Executor):
         num_blocks, kv_memory_bytes: size of the KV pool; by default 92 % of the memory that is free in the end.
         device: "cuda" (the current one) or "cuda:N".
         dtype: of arithmetic and KV pool; by default that of the engine's weights, bfloat16 where that is float32.
-        weights: "16bit", or "int8" or "fp8" for 8-bit matrices with a scale for each output.
+        weights: "16bit", "bf16" and "fp16" (which are also a `dtype`), or "int8" or "fp8" for 8-bit matrices with a
+            scale for each output.
         graphs: capture CUDA graphs; without them every launch costs host time.
         max_rows, max_step_tokens: largest step that there is memory and a graph for; see `step_limits`.
         checked: kernels that check every id (slower); errors are raised after the step.
@@ -71,11 +74,14 @@ class CudaExecutor(Executor):
         """
         model = Model.of(engine)
         self.manifest = manifest = model.manifest
-        dtype = dtype or (manifest.dtype if manifest.dtype != "float32" else "bfloat16")
+        if weights not in WEIGHTS:
+            raise ExecutorError(f"weights must be one of {', '.join(WEIGHTS)}, not {weights!r}")
+        meant, form = WEIGHTS[weights]
+        if dtype is not None and meant not in (None, dtype):
+            raise ExecutorError(f"weights {weights} are {meant}, which is not the dtype {dtype}; give one of the two")
+        dtype = dtype or meant or (manifest.dtype if manifest.dtype != "float32" else "bfloat16")
         if dtype not in DTYPES:
             raise ExecutorError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
-        if weights not in WEIGHT_FORMATS:
-            raise ExecutorError(f"weights must be one of {', '.join(WEIGHT_FORMATS)}, not {weights!r}")
         if max_rows < 1 or max_step_tokens < max_rows:
             raise ExecutorError("max_rows must be at least 1 and max_step_tokens at least max_rows")
         self._device = usable_device(device)
@@ -89,7 +95,7 @@ class CudaExecutor(Executor):
                     model,
                     device=self._device,
                     dtype=self._dtype,
-                    form=weights,
+                    form=form,
                     checked=checked,
                 )
                 self._table_width = -(-decoder.max_context // manifest.block_size)
@@ -121,7 +127,7 @@ class CudaExecutor(Executor):
         pool_bytes = self._pools.numel() * self._pools.element_size()
         where = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "Triton's interpreter"
         self.detail = (
-            f"PyTorch {torch.__version__}, Triton {triton.__version__} on {where} ({self._device}), {dtype}, {weights} "
+            f"PyTorch {torch.__version__}, Triton {triton.__version__} on {where} ({self._device}), {dtype}, {form} "
             f"weights ({self._decoder.matrix_bytes / 1e9:.2f} GB a step), {len(self._graphs)} CUDA graphs, "
             f"{self.num_blocks} blocks of {manifest.block_size} ({pool_bytes / 1e9:.2f} GB)"
         )

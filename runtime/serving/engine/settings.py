@@ -39,7 +39,18 @@ class Settings:
 _LIMITS = ("max_rows", "max_step_tokens", "max_live_branches")
 _NUMBERS = (*_LIMITS, "max_requests", "step_timeout_s", "num_blocks", "kv_memory_mb")
 _SECONDS_AND_FACTORS = ("slo_first_token", "slo_latency")
-_TEXTS = ("engine", "executor", "executor_options", "draft", "draft_options", "prefix_caching", "fork_policy")
+_OPTIONS = ("device", "weights")
+"""Arguments of the executor that have a parameter of their own."""
+_TEXTS = (
+    "engine",
+    "executor",
+    "executor_options",
+    *_OPTIONS,
+    "draft",
+    "draft_options",
+    "prefix_caching",
+    "fork_policy",
+)
 NAMES = (*_TEXTS, *_SECONDS_AND_FACTORS, *_NUMBERS)
 """Every parameter, by the name it has in config.pbtxt."""
 
@@ -83,6 +94,7 @@ def _options(given: Mapping[str, str], numbers: Mapping[str, int]) -> dict[str, 
     options = _object("executor_options", given, '{"threads": 4}')
     if "num_blocks" in numbers and "kv_memory_mb" in numbers:
         raise SettingsError("num_blocks and kv_memory_mb both size the KV pool; write one of them")
+    options |= {name: given[name] for name in _OPTIONS if name in given}
     if "num_blocks" in numbers:
         options["num_blocks"] = numbers["num_blocks"]
     if "kv_memory_mb" in numbers:

@@ -1,0 +1,70 @@
+"""What `auto` means: the executor that suits an engine, the options given, and this machine."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Mapping
+from math import prod
+from typing import Any
+
+from apar.export.errors import PluginError
+from apar.export.manifest import Manifest
+from apar.export.weight_plan import weight_plan
+from apar.plugins.cuda_driver import CudaDevice
+from apar.plugins.gpu.sizes import BLOCK_SIZES, HEAD_DIMS, LARGE_TILE
+
+logger = logging.getLogger(__name__)
+
+ONNX_OPTIONS = ("graph", "threads", "spinning")
+GPU_OPTIONS = ("weights", "dtype")
+OLDEST = (8, 0)
+"""Compute capability that the GPU kernels need."""
+ROOM = 0.9
+"""Share of the GPU's free memory that weights may take, so that a KV pool worth the name is left."""
+
+
+def choose(manifest: Manifest, options: Mapping[str, Any]) -> str:
+    """The executor's name: `tensorrt` for its engines; `torch` where a GPU was asked for, or is there and can run the
+    model; `onnx` otherwise. Says why in the log."""
+    if manifest.tensorrt is not None:
+        return "tensorrt"
+    device = options.get("device", "auto")
+    if device not in ("auto", "cpu") or any(options.get(name) is not None for name in GPU_OPTIONS):
+        return "torch"
+    if device == "cpu" or any(name in options for name in ONNX_OPTIONS):
+        return "onnx"
+    obstacle = gpu_obstacle(manifest)
+    if obstacle is None:
+        return "torch"
+    logger.info("the onnx executor runs the engine, on the CPU: %s", obstacle)
+    return "onnx"
+
+
+def gpu_obstacle(manifest: Manifest) -> str | None:
+    """Why no GPU of this machine can run the engine with the torch executor; None where one can."""
+    try:
+        # The driver first: it answers at once, while importing PyTorch takes seconds.
+        device = CudaDevice()
+        capability = device.compute_capability
+    except PluginError as error:
+        return str(error)
+    if tuple(map(int, capability.split("."))) < OLDEST:
+        return f"{device.name} has compute capability {capability}, the kernels need {OLDEST[0]}.{OLDEST[1]}"
+    decoder = manifest.decoder
+    if decoder.head_dim not in HEAD_DIMS or manifest.block_size not in BLOCK_SIZES:
+        return f"there are no GPU kernels for head_dim {decoder.head_dim} with blocks of {manifest.block_size}"
+    if decoder.num_heads // decoder.num_kv_heads > LARGE_TILE:
+        return f"more than {LARGE_TILE} query heads share a key/value head"
+    for name in ("torch", "triton"):
+        if importlib.util.find_spec(name) is None:
+            return f"{device.name} is not used, since {name} is not installed; pip install 'apar[gpu]'"
+    import torch
+
+    if not torch.cuda.is_available():
+        return f"{device.name} is not used: this build of PyTorch ({torch.__version__}) finds no CUDA device"
+    needed = 2 * sum(prod(weight.shape) for weight in weight_plan(decoder, packed=False, heads=manifest.draft_heads))
+    free, _ = torch.cuda.mem_get_info()
+    if needed > ROOM * free:
+        return f"{device.name} has {free / 1e9:.1f} GB free, the weights take {needed / 1e9:.1f} GB; try weights int8"
+    return None
