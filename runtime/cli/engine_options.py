@@ -28,8 +28,8 @@ def add_engine_options(parser: Parser, required: bool = True) -> None:
         "--executor",
         choices=("auto", "onnx", "torch", "tensorrt"),
         default="auto",
-        help="what runs the model; auto is tensorrt for its engines, torch where there is a GPU that can run the model, "
-        "else onnx",
+        help="what runs the model; auto is tensorrt for its engines, torch where there is a GPU that can run the "
+        "model, else onnx",
     )
     group.add_argument(
         "--device",
