@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from apar.export.checkpoint_hints import quantized_hint, what_is_there
 from apar.export.errors import CheckpointError
 from apar.export.llama_config import LlamaConfig, read_config, read_json
 from apar.export.manifest import DecoderConfig
@@ -98,7 +99,7 @@ def _find_tensors(directory: Path) -> dict[str, StoredTensor]:
             return _read_shards(path, reader) if name.endswith(".index.json") else reader(path)
     raise CheckpointError(
         f"{directory} holds no weights: none of {', '.join(name for name, _ in _LAYOUTS)} is there; "
-        "give the whole checkpoint directory"
+        f"{what_is_there(directory) or 'give the whole checkpoint directory'}"
     )
 
 
@@ -126,10 +127,15 @@ def _read_shards(index: Path, reader: _Reader) -> dict[str, StoredTensor]:
 
 
 def _select(found: Mapping[str, StoredTensor], config: DecoderConfig, directory: Path) -> dict[str, StoredTensor]:
+    if config.num_layers > len(found):
+        raise CheckpointError(
+            f"{directory} holds {len(found)} tensors, too few for the {config.num_layers} layers of its config.json; "
+            "check num_hidden_layers, or fetch the whole checkpoint"
+        )
     expected = dict(expected_tensors(config))
     missing = [name for name in expected if name not in found]
     if missing:
-        hint = ""
+        hint = quantized_hint(found)
         if missing == ["lm_head.weight"]:
             hint = ' (if the model shares it with its embeddings, config.json must say "tie_word_embeddings": true)'
         raise CheckpointError(f"{directory} lacks tensors of the model in its config.json: {_list(missing)}{hint}")

@@ -35,7 +35,15 @@ def resolve_tokens(
         if token in eos:
             raise TokenizerError(f"the {name} token {token} is also an end token; give another one (--{name}-token)")
     bos = config.bos if config.bos is not None else tokenizer.special_id("bos_token")
+    rows = config.decoder.vocab_size
+    if bos is not None and bos >= rows:
+        raise TokenizerError(
+            f"{tokenizer.directory}: the begin token has id {bos}, but the model has only {rows} vocabulary rows; "
+            "correct bos_token_id of config.json, or take the tokenizer that the model was trained with"
+        )
     pad = config.pad if config.pad is not None else tokenizer.special_id("pad_token")
+    if pad is not None and pad >= rows:
+        pad = None  # some configs name a row that was never made; nothing is ever padded here
     return TokenIds(fork=fork, child=child, eos=eos, bos=bos, pad=pad)
 
 

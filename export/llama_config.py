@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from apar.export.checkpoint_hints import what_is_there
 from apar.export.errors import CheckpointError
 from apar.export.manifest import DecoderConfig
 from apar.export.rope import rope_from_config
 
 CONFIG_NAME = "config.json"
+_LARGEST_SIZE = 1 << 24
+"""No size in a config.json of any Llama is larger; a larger one is a damaged file, and would only cost memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +37,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`. Raises CheckpointError where there is none."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON ({error}); copy the checkpoint again") from error
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} must hold a JSON object, not {type(data).__name__}")
@@ -45,9 +48,8 @@ def read_config(directory: Path) -> LlamaConfig:
     """Read `config.json` and `generation_config.json` (for further end tokens) of a checkpoint directory."""
     path = directory / CONFIG_NAME
     if not path.is_file():
-        raise CheckpointError(
-            f"{directory} holds no {CONFIG_NAME}; give the directory of a checkpoint in the Hugging Face layout"
-        )
+        remedy = what_is_there(directory) or "give the directory of a checkpoint in the Hugging Face layout"
+        raise CheckpointError(f"{directory} holds no {CONFIG_NAME}; {remedy}")
     generation = directory / "generation_config.json"
     return config_from(read_json(path), path, read_json(generation) if generation.is_file() else {})
 
@@ -103,6 +105,8 @@ def config_from(config: Mapping[str, Any], path: Path, generation: Mapping[str, 
 def _check_supported(config: Mapping[str, Any], path: Path) -> None:
     kind = config.get("model_type")
     architectures = config.get("architectures") or []
+    if not isinstance(architectures, list):
+        raise CheckpointError(f"{path}: architectures must be a list of names, not {architectures!r}")
     if kind not in (None, "llama") or (kind is None and not architectures):
         raise CheckpointError(f"{path}: model_type {kind!r} is not supported; APAR builds model_type 'llama'")
     if architectures and "LlamaForCausalLM" not in architectures:
@@ -111,8 +115,8 @@ def _check_supported(config: Mapping[str, Any], path: Path) -> None:
         )
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
         raise CheckpointError(f"{path}: hidden_act {config['hidden_act']!r} is not supported; APAR builds 'silu'")
-    if config.get("quantization_config"):
-        method = dict(config["quantization_config"]).get("quant_method", "unknown")
+    if quantized := config.get("quantization_config"):
+        method = quantized.get("quant_method", "unknown") if isinstance(quantized, Mapping) else quantized
         raise CheckpointError(
             f"{path}: the checkpoint is quantised already ({method}), which is not supported; "
             "give the float checkpoint and quantise in the build (--quantize)"
@@ -125,6 +129,8 @@ def _positive(config: Mapping[str, Any], key: str, path: Path, *, default: int |
         value = default
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
         raise CheckpointError(f"{path}: {key} must be a positive integer, not {value!r}")
+    if value > _LARGEST_SIZE:
+        raise CheckpointError(f"{path}: {key} is {value}, which no Llama has; copy the file again")
     return value
 
 

@@ -180,7 +180,7 @@ class Manifest:
             )
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise EngineError(f"{path} cannot be read as JSON ({error}); build the engine again") from error
         manifest = cls._from_json(data, path)
         manifest._check_files(directory)

@@ -126,6 +126,8 @@ def _assemble(
 
 
 def _check(where: Path, tensors: Mapping[str, StoredTensor], shape: DraftHeads, config: DecoderConfig) -> None:
+    if shape.count > len(tensors):
+        raise CheckpointError(f"{where} names {shape.count} Medusa heads, and holds {len(tensors)} tensors of them")
     expected = expected_heads(shape, config)
     if not expected:
         raise CheckpointError(f"{where} holds no tensors of Medusa heads")

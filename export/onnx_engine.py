@@ -16,6 +16,7 @@ import onnx
 from apar.export.attention import ForkAttention, TreeMaskAttention
 from apar.export.calibration import CalibrationPass, Sample
 from apar.export.checkpoint import Checkpoint
+from apar.export.checkpoint_hints import checkpoint_name
 from apar.export.control_tokens import resolve_tokens
 from apar.export.decoder import Attention, Linear, build_decoder
 from apar.export.errors import BuildError
@@ -107,19 +108,19 @@ def build(
     method = _method(quantize, quantize_method, zero_points, calibration)
     source = Checkpoint.open(checkpoint, draft_heads)
     files = read_tokenizer(tokenizer or checkpoint)
-    dtype = _matrix_dtype(source) if dtype == "auto" else dtype
+    dtype = matrix_dtype(source) if dtype == "auto" else dtype
     manifest = Manifest(
         decoder=replace(source.decoder, max_context=longest_context(source, max_context)),
         tokens=resolve_tokens(source.config, files, fork_token, child_token),
         block_size=block_size,
         dtype="float16" if quantize != "none" and dtype == "float32" else dtype,
-        kv_dtype=_kv_dtype(kv_dtype, dtype, quantize),
+        kv_dtype=pool_dtype(dtype, quantize) if kv_dtype == "auto" else kv_dtype,
         quantize=quantize,
         group_size=group_size,
         zero_points=zero_points,
         quantize_method=method,
         draft_heads=source.heads.shape if source.heads else None,
-        source=checkpoint.resolve().name,
+        source=checkpoint_name(checkpoint),
         apar_version=installed_version(),
     )
     plan = list(weight_plan(manifest.decoder, packed=True, heads=manifest.draft_heads))
@@ -189,7 +190,7 @@ def longest_context(source: Checkpoint, wanted: int | None) -> int:
     return wanted
 
 
-def _matrix_dtype(source: Checkpoint) -> str:
+def matrix_dtype(source: Checkpoint) -> str:
     """The element type of all of a checkpoint's matrices; float32 where they differ."""
     plan = weight_plan(source.decoder, packed=True)
     names = {name for weight in plan if weight.kind is not Kind.VECTOR for name in weight.sources}
@@ -197,9 +198,8 @@ def _matrix_dtype(source: Checkpoint) -> str:
     return found.pop() if len(found) == 1 else "float32"
 
 
-def _kv_dtype(kv_dtype: str, dtype: str, quantize: str) -> str:
-    if kv_dtype != "auto":
-        return kv_dtype
+def pool_dtype(dtype: str, quantize: str) -> str:
+    """The element type of KV pools where nothing else is asked for."""
     return "float32" if dtype == "float32" and quantize == "none" else "float16"
 
 

@@ -1,8 +1,9 @@
 """Inverse frequencies of rotary position embedding, with the scaling types of Llama checkpoints.
 
 Formulas: RoFormer (arXiv 2104.09864), position interpolation (arXiv 2306.15595), Llama 3.1's wavelength
-bands, YaRN (arXiv 2309.00071). All of them leave one fixed vector of frequencies; "dynamic" does not,
-since its frequencies change with the length of the sequence, and cached keys would have to be turned again.
+bands, YaRN (arXiv 2309.00071). All of them leave one fixed vector of frequencies. "dynamic" changes them once a
+sequence is longer than `max_position_embeddings`, and cached keys would have to be turned again: it is built for
+contexts up to that length, where it is no scaling at all.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import numpy as np
 
 from apar.export.errors import CheckpointError
 
-SUPPORTED = ("default", "linear", "llama3", "yarn")
+SUPPORTED = ("default", "linear", "dynamic", "llama3", "yarn")
 _DEFAULT_THETA = 10000.0
+_LARGEST = 1e12
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,36 +41,48 @@ def rope_from_config(config: Mapping[str, Any], head_dim: int, max_position: int
     if not isinstance(given, Mapping):
         raise CheckpointError(f"config.json: the RoPE parameters must be an object, not {given!r}")
     parameters = dict(given)
+    if any(isinstance(value, Mapping) for value in parameters.values()):
+        raise CheckpointError("config.json: RoPE parameters by kind of layer are not supported")
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind not in SUPPORTED:
         raise CheckpointError(
             f"config.json: RoPE scaling of type {kind!r} is not supported; supported are {', '.join(SUPPORTED)}"
         )
-    if float(parameters.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) or 1.0) != 1.0:
+    if _first(parameters.get("partial_rotary_factor"), config.get("partial_rotary_factor"), 1) != 1:
         raise CheckpointError("config.json: partial_rotary_factor other than 1 is not supported")
-    theta = float(parameters.get("rope_theta") or config.get("rope_theta") or _DEFAULT_THETA)
+    theta = _number(parameters, "rope_theta", kind, _first(config.get("rope_theta"), _DEFAULT_THETA))
+    if theta <= 1:
+        raise CheckpointError(f"config.json: rope_theta must be above 1, not {theta}")
     exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     inv_freq = (np.float32(1.0) / np.power(np.float32(theta), exponent)).astype(np.float32)
     scale, limit = 1.0, max_position
     if kind == "linear":
         factor = _number(parameters, "factor", kind)
-        inv_freq = inv_freq / np.float32(factor)
+        with np.errstate(over="ignore"):  # looked at below
+            inv_freq = inv_freq / np.float32(factor)
         limit = int(max_position * factor)
     elif kind == "llama3":
         inv_freq = _llama3(inv_freq, parameters)
         limit = max(max_position, int(_number(parameters, "original_max_position_embeddings", kind)))
     elif kind == "yarn":
-        original = float(parameters.get("original_max_position_embeddings") or max_position)
-        factor = float(parameters.get("factor") or max_position / original)
+        original = _number(parameters, "original_max_position_embeddings", kind, max_position)
+        factor = _number(parameters, "factor", kind, max_position / original)
         inv_freq = _yarn(inv_freq, parameters, theta, head_dim, factor, original)
         scale = _yarn_scale(parameters, factor)
         limit = max(max_position, int(original * factor))
+    if not np.isfinite(inv_freq).all():
+        raise CheckpointError(f"config.json: RoPE scaling of type {kind!r} gives no finite frequencies: {parameters}")
     return Rope(tuple(float(f) for f in inv_freq.astype(np.float32)), scale, limit)
 
 
-def _number(parameters: Mapping[str, Any], key: str, kind: str) -> float:
-    value = parameters.get(key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+def _first(*values: Any) -> Any:
+    """The first of `values` that is given."""
+    return next((value for value in values if value is not None), None)
+
+
+def _number(parameters: Mapping[str, Any], key: str, kind: str, default: Any = None) -> float:
+    value = _first(parameters.get(key), default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= _LARGEST:
         raise CheckpointError(
             f"config.json: RoPE scaling of type {kind!r} needs a positive number {key!r}, not {value!r}"
         )
@@ -101,8 +115,8 @@ def _yarn(
     def dimension(rotations: float) -> float:
         return head_dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
-    low = dimension(float(parameters.get("beta_fast") or 32))
-    high = dimension(float(parameters.get("beta_slow") or 1))
+    low = dimension(_number(parameters, "beta_fast", "yarn", 32))
+    high = dimension(_number(parameters, "beta_slow", "yarn", 1))
     if parameters.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
@@ -113,12 +127,12 @@ def _yarn(
 
 
 def _yarn_scale(parameters: Mapping[str, Any], factor: float) -> float:
-    given = parameters.get("attention_factor")
-    if given is not None:
-        return float(given)
+    if parameters.get("attention_factor") is not None:
+        return _number(parameters, "attention_factor", "yarn")
 
     def mscale(weight: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
-    over, under = parameters.get("mscale"), parameters.get("mscale_all_dim")
-    return mscale(float(over)) / mscale(float(under)) if over and under else mscale(1.0)
+    if parameters.get("mscale") and parameters.get("mscale_all_dim"):
+        return mscale(_number(parameters, "mscale", "yarn")) / mscale(_number(parameters, "mscale_all_dim", "yarn"))
+    return mscale(1.0)

@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from apar.export.checkpoint import Checkpoint
+from apar.export.checkpoint_hints import checkpoint_name
 from apar.export.control_tokens import resolve_tokens
 from apar.export.errors import BuildError
 from apar.export.manifest import MANIFEST_NAME, Manifest, TensorRtEngine
@@ -131,7 +132,7 @@ def build(
         block_size=options.block_size,
         dtype=options.dtype,
         kv_dtype=options.dtype,
-        source=checkpoint.resolve().name,
+        source=checkpoint_name(checkpoint),
         apar_version=installed_version(),
     )
     shards = [Shard(rank, options.tp_size) for rank in range(options.tp_size)]

@@ -16,12 +16,14 @@ from typing import Any
 from apar.export.errors import CheckpointError, TokenizerError
 from apar.export.llama_config import read_json
 from apar.export.sentencepiece_model import convert_model, read_model
+from apar.export.tokenizer_kind import is_byte_level
 
 TOKENIZER_NAME = "tokenizer.json"
 CONFIG_NAME = "tokenizer_config.json"
 SPECIAL_NAME = "special_tokens_map.json"
 ADDED_NAME = "added_tokens.json"
 MODEL_NAME = "tokenizer.model"
+_LARGEST_ID = 1 << 24
 _SPECIALS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -61,7 +63,7 @@ class TokenizerFiles:
 def read_tokenizer(directory: Path) -> TokenizerFiles:
     """Read a checkpoint's tokenizer, converting it where need be.
 
-    Raises TokenizerError that names the file and what to do.
+    Raises TokenizerError that names the file and what to do, also for kinds that APAR cannot run.
     """
     try:
         config = _optional(directory / CONFIG_NAME)
@@ -80,6 +82,7 @@ def read_tokenizer(directory: Path) -> TokenizerFiles:
     except CheckpointError as error:
         raise TokenizerError(str(error)) from error
     _merge(tokenizer, added, directory)
+    is_byte_level(tokenizer)
     for role in _SPECIALS:
         if role not in special and config.get(role) is not None:
             special[role] = config[role]
@@ -109,9 +112,27 @@ def _add_chat_template(directory: Path, config: dict[str, Any]) -> None:
     """A template in a file of its own wins over the one in tokenizer_config.json, as in transformers."""
     jinja, old = directory / "chat_template.jinja", directory / "chat_template.json"
     if jinja.is_file():
-        config["chat_template"] = jinja.read_text(encoding="utf-8")
+        try:
+            config["chat_template"] = jinja.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise TokenizerError(f"{jinja} cannot be read ({error}); copy it again") from error
     elif old.is_file() and (template := read_json(old).get("chat_template")):
         config["chat_template"] = template
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several, of which the one named default is meant for conversations
+        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+        template = named.get("default")
+        if not isinstance(template, str):
+            raise TokenizerError(
+                f"{directory / CONFIG_NAME} has no chat template named 'default', only "
+                f"{', '.join(map(repr, named)) or 'none'}; put the one to use into {jinja.name}"
+            )
+    if template is not None and not isinstance(template, str):
+        raise TokenizerError(f"{directory / CONFIG_NAME}: chat_template is no text; put the template into {jinja.name}")
+    if template:
+        config["chat_template"] = template
+    else:
+        config.pop("chat_template", None)
 
 
 def _merge(tokenizer: dict[str, Any], added: Mapping[int, Mapping[str, Any]], directory: Path) -> None:
@@ -123,10 +144,17 @@ def _merge(tokenizer: dict[str, Any], added: Mapping[int, Mapping[str, Any]], di
         taken = {token["id"]: token["content"] for token in tokens}
         names = vocab if isinstance(vocab, dict) else {piece[0]: i for i, piece in enumerate(vocab)}
         taken |= {token: text for text, token in names.items()}
-    except (AttributeError, KeyError, TypeError) as error:
+        if not all(0 <= token <= _LARGEST_ID for token in (*taken, *added)):
+            raise ValueError(f"ids are not between 0 and {_LARGEST_ID}")
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
         raise TokenizerError(f"{directory / TOKENIZER_NAME} is no tokenizer ({error!r}); copy it again") from error
     for token, entry in sorted(added.items()):
         text = entry["content"]
+        if strings.get(text, token) != token:
+            raise TokenizerError(
+                f"{directory}: token {text!r} has id {token} in one file and {strings[text]} in {TOKENIZER_NAME}; "
+                "copy the tokenizer's files from one place"
+            )
         if text in strings:
             continue
         if taken.get(token, text) != text:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from apar.export import medusa, onnx_engine
+from apar.export.checkpoint_hints import checkpoint_name, what_is_there
 from apar.export.errors import EngineError
 from apar.export.manifest import ABI_VERSION, FORMAT_VERSION, MANIFEST_NAME, Manifest
 
@@ -33,7 +34,7 @@ def cache_directory() -> Path:
 def resolve_engine(source: str | Path, progress: Progress | None = None) -> Path:
     """The engine directory for `source`: an engine, a checkpoint directory, or the word `tiny`.
 
-    A checkpoint is built once (float32, default options) into the cache directory and found there again as
+    A checkpoint is built once (default options) into the cache directory and found there again as
     long as its files have the same names, sizes and times. Raises EngineError where `source` is neither,
     and what the build raises.
     """
@@ -43,11 +44,13 @@ def resolve_engine(source: str | Path, progress: Progress | None = None) -> Path
     if not checkpoint.is_dir():
         raise EngineError(f"{source} is neither an engine directory nor a checkpoint directory, nor the word `tiny`")
     if not (checkpoint / "config.json").is_file():
+        remedy = "give an engine built with `apar build CHECKPOINT -o DIR`, or a Hugging Face checkpoint"
         raise EngineError(
             f"{checkpoint} holds neither {MANIFEST_NAME} (an engine) nor config.json (a checkpoint); "
-            "give an engine built with `apar build CHECKPOINT -o DIR`, or a Hugging Face checkpoint"
+            f"{what_is_there(checkpoint) or remedy}"
         )
-    target = cache_directory() / "engines" / f"{checkpoint.resolve().name}-{_fingerprint(checkpoint)}"
+    name = checkpoint_name(checkpoint).replace("/", "-")
+    target = cache_directory() / "engines" / f"{name}-{_fingerprint(checkpoint)}"
     if (target / MANIFEST_NAME).is_file():
         try:
             Manifest.load(target)

@@ -18,9 +18,10 @@ import tokenizers
 
 from apar.export.errors import CapacityError, RequestError, TokenizerError
 from apar.export.manifest import Manifest, TokenIds
-from apar.export.tokenizer_files import TokenizerFiles
+from apar.export.tokenizer_files import TOKENIZER_NAME, TokenizerFiles
+from apar.export.tokenizer_kind import is_byte_level
 from apar.runtime import tokenizer_json
-from apar.runtime.tokenizer_json import REMEDY, TOKENIZER_NAME, AddedToken
+from apar.runtime.tokenizer_json import REMEDY, AddedToken
 
 CONFIG_NAME = "tokenizer_config.json"
 SPECIAL_TOKENS_NAME = "special_tokens_map.json"
@@ -42,8 +43,9 @@ class Tokenizer:
     ) -> None:
         """Build from the contents of tokenizer.json (`definition`) and tokenizer_config.json (`config`).
 
-        `vocab_size` is the model's number of logits where that exceeds the tokenizer's (padding rows decode to
-        nothing). `max_chars` bounds the characters of one text given to `encode_text`.
+        `vocab_size` is the model's number of vocabulary rows: rows beyond the tokenizer's ids decode to nothing, text
+        that would become an id beyond the rows is refused. `max_chars` bounds the characters of one text given to
+        `encode_text`.
         Raises TokenizerError for a kind of tokenizer whose tokens have no bytes of their own.
         """
         self.tokens = tokens
@@ -54,7 +56,7 @@ class Tokenizer:
         model = definition.get("model")
         if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict | list):
             raise TokenizerError(f"{TOKENIZER_NAME} has no model.vocab; {REMEDY}")
-        self.byte_level = tokenizer_json.is_byte_level(definition)
+        self.byte_level = is_byte_level(definition)
         self.strips_blank = not self.byte_level and tokenizer_json.strips_blank(definition)
         """Decoding drops one blank at the start of a piece: the dummy prefix of SentencePiece."""
 
@@ -67,6 +69,7 @@ class Tokenizer:
             raise TokenizerError(
                 f"the manifest names control token ids {sorted(control)}, but the vocabulary has {size}; {REMEDY}"
             )
+        self._rows = vocab_size or size
         self._silent = frozenset(control | {t.token_id for t in self.added_tokens if t.special})
         self._bytes = self._render(size, strings)
         unknown = tokenizer_json.unknown_id(model)
@@ -199,6 +202,11 @@ class Tokenizer:
         ids: list[int] = encoder.encode(text, add_special_tokens=False).ids
         if not self._forbidden.isdisjoint(ids):
             raise TokenizerError("text was encoded as a control token; the tokenizer's model maps ordinary text to one")
+        if self._rows < len(self._bytes) and ids and max(ids) >= self._rows:
+            raise TokenizerError(
+                f"text became token {max(ids)}, but the model has only {self._rows} vocabulary rows: the tokenizer is "
+                "that of another model; build the engine again with the right one (--tokenizer DIR)"
+            )
         return ids
 
     def _add_named_tokens(self, ids: dict[str, int]) -> None:

@@ -1,4 +1,4 @@
-"""What a `tokenizer.json` says: the kind of its tokens, their bytes, and the same tokenizer without control tokens.
+"""What a `tokenizer.json` says: its tokens, their bytes, and the same tokenizer without control tokens.
 
 Source of the file format: the `tokenizers` library's serialisation (model, pre_tokenizer, decoder, added_tokens).
 """
@@ -14,11 +14,11 @@ from typing import Any
 import tokenizers
 
 from apar.export.errors import TokenizerError
+from apar.export.tokenizer_files import TOKENIZER_NAME
+from apar.export.tokenizer_kind import BLANK, parts
 
-TOKENIZER_NAME = "tokenizer.json"
 REMEDY = "copy it from the checkpoint's tokenizer or build the engine again with `apar build`"
 
-_BLANK = "\u2581"
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _HIDDEN_UNKNOWN = "\x00unknown\x00"
 
@@ -75,36 +75,8 @@ def unknown_id(model: dict[str, Any]) -> int | None:
     return unknown_id if isinstance(unknown_id, int) else None
 
 
-def _parts(node: Any, list_key: str) -> list[dict[str, Any]]:
-    """The stages of a normalizer, pre-tokenizer or decoder, whether or not it is a Sequence."""
-    if not isinstance(node, dict):
-        return []
-    if node.get("type") != "Sequence":
-        return [node]
-    return [part for child in node.get(list_key) or [] for part in _parts(child, list_key)]
-
-
-def is_byte_level(definition: dict[str, Any]) -> bool:
-    """Whether tokens are GPT-2 byte strings; False: SentencePiece pieces. Raises TokenizerError for other kinds."""
-    kind = definition["model"].get("type") or "BPE"
-    decoders = [str(part.get("type")) for part in _parts(definition.get("decoder"), "decoders")]
-    if kind == "BPE" and "ByteLevel" in decoders:
-        return True
-    pieces = any(
-        part.get("type") == "Metaspace"
-        or (part.get("type") == "Replace" and (part.get("pattern") or {}).get("String") == _BLANK)
-        for part in _parts(definition.get("decoder"), "decoders")
-    )
-    if kind in ("BPE", "Unigram") and pieces:
-        return False
-    raise TokenizerError(
-        f"{TOKENIZER_NAME} has a {kind} model with decoder {'+'.join(decoders) or 'none'}; APAR reads SentencePiece "
-        "models (BPE or Unigram with a Metaspace or Replace decoder) and byte-level BPE"
-    )
-
-
 def strips_blank(definition: dict[str, Any]) -> bool:
-    for part in _parts(definition.get("decoder"), "decoders"):
+    for part in parts(definition.get("decoder"), "decoders"):
         if part.get("type") == "Strip" and part.get("content") == " " and part.get("start", 0) > 0:
             return True
         if part.get("type") == "Metaspace" and part.get("prepend_scheme", "always") != "never":
@@ -114,7 +86,7 @@ def strips_blank(definition: dict[str, Any]) -> bool:
 
 def sentencepiece_bytes(piece: str) -> bytes:
     match = _BYTE_TOKEN.fullmatch(piece)
-    return bytes([int(match[1], 16)]) if match else piece.replace(_BLANK, " ").encode("utf-8", errors="replace")
+    return bytes([int(match[1], 16)]) if match else piece.replace(BLANK, " ").encode("utf-8", errors="replace")
 
 
 def _byte_level_alphabet() -> dict[str, int]:
@@ -159,10 +131,10 @@ def neutral_definition(definition: dict[str, Any], hidden: Collection[str]) -> d
 def without_first_prefix(definition: dict[str, Any]) -> dict[str, Any] | None:
     """A variant for text after a token where the dummy blank belongs to the very beginning only; else None."""
     pre_tokenizer = definition.get("pre_tokenizer")
-    if not any(part.get("prepend_scheme") == "first" for part in _parts(pre_tokenizer, "pretokenizers")):
+    if not any(part.get("prepend_scheme") == "first" for part in parts(pre_tokenizer, "pretokenizers")):
         return None
     variant = json.loads(json.dumps(pre_tokenizer))
-    for part in _parts(variant, "pretokenizers"):
+    for part in parts(variant, "pretokenizers"):
         if part.get("prepend_scheme") == "first":
             part["prepend_scheme"] = "never"
     return {**definition, "pre_tokenizer": variant}

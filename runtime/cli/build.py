@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -206,6 +207,6 @@ def summary(output: Path, manifest: Manifest, seconds: float) -> str:
             + (f", peak memory {human_bytes(peak)}" if peak else ""),
             f"  weights {weights_text(manifest)}; keys and values {manifest.kv_dtype}, blocks of {manifest.block_size}"
             f", {human_bytes(context)} for a full context of {decoder.max_context} tokens",
-            f'  try it: apar generate {output} "..."',
+            f'  try it: apar generate {shlex.quote(str(output))} "..."',
         )
     )

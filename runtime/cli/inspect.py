@@ -49,13 +49,18 @@ def run(options: argparse.Namespace) -> int:
 
 def inspect(source: str) -> dict[str, Any]:
     """Facts of an engine directory, a checkpoint directory, or `tiny`, as JSON-like values."""
+    from apar.export.checkpoint_hints import what_is_there
     from apar.export.tokenizer_files import read_tokenizer
     from apar.runtime.engine_source import TINY, tiny_checkpoint
 
     directory = tiny_checkpoint() if source == TINY and not Path(source).exists() else Path(source)
     is_engine = (directory / MANIFEST_NAME).is_file()
     if not is_engine and not (directory / "config.json").is_file():
-        raise EngineError(f"{source} is neither an engine directory nor a checkpoint directory, nor the word `tiny`")
+        hint = what_is_there(directory)
+        raise EngineError(
+            f"{source} is neither an engine directory nor a checkpoint directory, nor the word `tiny`"
+            + (f"; {hint}" if hint else "")
+        )
     manifest = Manifest.load(directory) if is_engine else _planned(directory)
     strings = {token: text for text, token in read_tokenizer(directory).ids.items()}
     decoder, tokens = manifest.decoder, manifest.tokens
@@ -125,13 +130,24 @@ def quantized_text(facts: Mapping[str, Any]) -> str:
 def _planned(directory: Path) -> Manifest:
     """What `apar build` would write for a checkpoint, default options."""
     from apar.export.checkpoint import Checkpoint
+    from apar.export.checkpoint_hints import checkpoint_name
     from apar.export.control_tokens import resolve_tokens
+    from apar.export.onnx_engine import matrix_dtype, pool_dtype
     from apar.export.tokenizer_files import read_tokenizer
 
     checkpoint = Checkpoint.open(directory)
     tokens = resolve_tokens(checkpoint.config, read_tokenizer(directory), None, None)
     heads = checkpoint.heads.shape if checkpoint.heads else None
-    return Manifest(checkpoint.decoder, tokens, block_size=16, draft_heads=heads, source=directory.resolve().name)
+    dtype = matrix_dtype(checkpoint)
+    return Manifest(
+        checkpoint.decoder,
+        tokens,
+        block_size=16,
+        dtype=dtype,
+        kv_dtype=pool_dtype(dtype, "none"),
+        draft_heads=heads,
+        source=checkpoint_name(directory),
+    )
 
 
 def _runs_here(manifest: Manifest) -> dict[str, Any]:

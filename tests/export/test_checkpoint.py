@@ -17,6 +17,7 @@ import torch
 from checkpoints import make_checkpoint
 
 from apar.export.checkpoint import Checkpoint
+from apar.export.checkpoint_hints import checkpoint_name
 from apar.export.errors import CheckpointError
 from apar.export.tensor_files import to_float32
 
@@ -113,8 +114,24 @@ def test_config_is_read(originals: dict[str, Path], copy: Any) -> None:
         ({"rms_norm_eps": 0}, "rms_norm_eps must be a small positive number"),
         ({"eos_token_id": "end"}, "eos_token_id must be a token id"),
         ({"eos_token_id": 264}, "eos_token_id 264 is not below vocab_size 264"),
-        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "type 'dynamic' is not supported"),
-        ({"rope_parameters": {"rope_type": "longrope"}}, "supported are default, linear, llama3, yarn"),
+        ({"quantization_config": "awq"}, r"quantised already \(awq\)"),
+        ({"quantization_config": ["awq"]}, r"quantised already \(\['awq'\]\)"),
+        ({"architectures": "LlamaForCausalLM"}, "architectures must be a list of names"),
+        ({"architectures": 5}, "architectures must be a list of names"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, which no Llama has"),
+        ({"num_hidden_layers": 10**6}, "holds 21 tensors, too few for the 1000000 layers"),
+        ({"head_dim": 10**9}, "head_dim is 1000000000, which no Llama has"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "supported are default, linear, dynamic, llama3, yarn"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "by kind of layer are not supported"),
+        ({"rope_parameters": {"rope_theta": "x"}}, "needs a positive number 'rope_theta', not 'x'"),
+        ({"rope_parameters": {"rope_theta": 0}}, "needs a positive number 'rope_theta', not 0"),
+        ({"rope_parameters": {"rope_theta": 1.0}}, r"rope_theta must be above 1, not 1\.0"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": float("inf")}}, "needs a positive number 'factor'"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 1e-40}}, "gives no finite frequencies"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": "x"}}, "needs a positive number 'factor', not 'x'"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2, "beta_fast": [1]}}, "positive number 'beta_fast'"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2, "attention_factor": "x"}}, "'attention_factor'"),
+        ({"partial_rotary_factor": "x"}, "partial_rotary_factor"),
         ({"rope_parameters": None, "rope_scaling": {"type": "linear"}}, "needs a positive number 'factor', not None"),
         ({"rope_parameters": [1]}, "must be an object"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
@@ -144,6 +161,60 @@ def test_directory_errors(copy: Any, tmp_path: Path) -> None:
     (directory / "config.json").write_text("[]")
     with pytest.raises(CheckpointError, match="must hold a JSON object, not list"):
         Checkpoint.open(directory)
+    (directory / "config.json").write_text('{"hidden_size": ' + "9" * 5000 + "}")
+    with pytest.raises(CheckpointError, match="cannot be read as JSON"):
+        Checkpoint.open(directory)
+
+
+def test_what_is_there_instead(copy: Any, tmp_path: Path) -> None:
+    """A directory of another kind is named as what it is, with what to do about it."""
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"holds no config\.json; it holds an adapter \(LoRA\): merge it"):
+        Checkpoint.open(adapter)
+    for layout in ("safetensors-sharded", "bin-sharded"):
+        directory = copy(layout)
+        next(directory.glob("*.index.json")).unlink()
+        with pytest.raises(CheckpointError, match=r"shards of weights without their \.index\.json"):
+            Checkpoint.open(directory)
+    directory = copy()
+    weights = directory / "model.safetensors"
+    for name, message in (
+        ("model.Q4_K_M.gguf", "model.Q4_K_M.gguf is a GGUF file; convert it"),
+        ("consolidated.00.pth", "is Meta's own format; convert it"),
+        ("model.fp16.safetensors", r"rename model\.fp16\.safetensors to model\.safetensors"),
+    ):
+        weights = weights.rename(directory / name)
+        with pytest.raises(CheckpointError, match=message):
+            Checkpoint.open(directory)
+
+
+def test_hugging_face_cache(copy: Any, tmp_path: Path) -> None:
+    """Snapshots of the cache are links to blobs; the model's own directory above them holds none of its files."""
+    model = tmp_path / "models--THUDM--APAR-7B"
+    snapshot = model / "snapshots" / "0a1b2c"
+    snapshot.mkdir(parents=True)
+    blobs = copy().rename(model / "blobs")
+    for blob in blobs.iterdir():
+        (snapshot / blob.name).symlink_to(f"../../blobs/{blob.name}")
+    assert Checkpoint.open(snapshot).decoder.hidden_size == 64
+    assert checkpoint_name(snapshot) == "THUDM/APAR-7B"
+    assert checkpoint_name(blobs) == "blobs"
+    with pytest.raises(CheckpointError, match=f"cache: give its snapshot {snapshot}"):
+        Checkpoint.open(model)
+    (blobs / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"its config\.json is a link to a file that is gone"):
+        Checkpoint.open(snapshot)
+
+
+def test_quantised_tensors_are_named(copy: Any) -> None:
+    path = copy() / "model.safetensors"
+    header, data = header_of(path)
+    header["model.layers.0.mlp.up_proj.qweight"] = header.pop("model.layers.0.mlp.up_proj.weight")
+    write_header(path, header, data)
+    with pytest.raises(CheckpointError, match=r"lacks tensors .*up_proj\.weight \(its tensors are quantised already"):
+        Checkpoint.open(path.parent)
 
 
 @pytest.mark.parametrize(
@@ -270,7 +341,7 @@ def test_malicious_pickle_is_refused_and_not_run(copy: Any, tmp_path: Path, prot
     [
         (b"cbuiltins\neval\n(S'1'\ntR.", r"asks for builtins\.eval"),
         (b"ctorch._utils\n_rebuild_tensor_v2\n(NNNNtR.", "its pickle is damaged"),
-        (b"\x80\x02}.", "lacks tensors"),
+        (b"\x80\x02}.", "holds 0 tensors, too few for the 2 layers"),
         (b"\x80\x02].", "holds a list, not a state dict"),
         (b"\x80\x02}X\x01\x00\x00\x00aK\x01s.", "entry 'a' is no plain tensor"),
         (b"(S'storage'\ntQ.", "a storage is described wrongly"),
@@ -325,6 +396,8 @@ def test_parameters_and_views_of_one_storage_are_read(copy: Any) -> None:
         "model.layers.0.mlp.gate_proj.weight": torch.nn.Parameter(gate),
         "model.layers.0.mlp.up_proj.weight": up,
     }
+    state["model.layers.0.mlp.up_proj.weight"] = torch.nn.Parameter(up.clone())
+    state["model.layers.0.mlp.up_proj.weight"].of_a_training_script = True
     torch.save(state, path)
     tensors = Checkpoint.open(path.parent).tensors
     for name in ("gate", "up"):

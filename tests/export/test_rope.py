@@ -21,6 +21,7 @@ YARN = VARIANTS["rope_yarn"]["rope_parameters"]
         {"rope_type": "default", "rope_theta": 10000.0},
         {"rope_type": "default", "rope_theta": 500000.0},
         {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0},
+        {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},
         LLAMA3,
         LLAMA3 | {"factor": 32.0, "original_max_position_embeddings": 8192, "rope_theta": 500000.0},
         YARN,
@@ -58,6 +59,7 @@ def test_theta_defaults_to_llamas() -> None:
     [
         ({}, 2048),
         ({"rope_scaling": {"type": "linear", "factor": 4.0}}, 8192),
+        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, 2048),  # exact up to here, another RoPE beyond
         ({"rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 2048}}, 4096),
     ],
 )

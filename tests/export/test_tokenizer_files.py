@@ -6,6 +6,7 @@ import io
 import json
 import random
 import string
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +199,51 @@ def test_tokenizer_errors(tmp_path: Path) -> None:
     (tmp_path / "added_tokens.json").write_text('{"[New]": "x"}')
     with pytest.raises(TokenizerError, match="list of added tokens is damaged"):
         read_tokenizer(tmp_path)
+    (tmp_path / "added_tokens.json").write_text('{"[SplitMask]": 261}')
+    with pytest.raises(TokenizerError, match=r"'\[SplitMask\]' has id 261 in one file and 259 in tokenizer\.json"):
+        read_tokenizer(tmp_path)
+    for far in (-5, 10**12):
+        (tmp_path / "added_tokens.json").write_text(json.dumps({"[New]": far}))
+        with pytest.raises(TokenizerError, match="ids are not between 0 and"):
+            read_tokenizer(tmp_path)
+    (tmp_path / "added_tokens.json").unlink()
+    words = {"type": "WordPiece", "vocab": {"a": 0}, "unk_token": "a"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": words, "decoder": {"type": "WordPiece"}}))
+    with pytest.raises(TokenizerError, match="has a WordPiece model"):  # at the build, not when the engine is loaded
+        read_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("text", "text"),
+        ("", None),
+        ([{"name": "tool_use", "template": "x"}, {"name": "default", "template": "text"}], "text"),
+    ],
+)
+def test_chat_templates_of_the_config(template: Any, expected: str | None, tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    assert read_tokenizer(tmp_path).config.get("chat_template") == expected
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ([{"name": "tool_use", "template": "x"}], "no chat template named 'default', only 'tool_use'; put the one"),
+        ([5], "named 'default', only none"),
+        ({"default": "x"}, "chat_template is no text"),
+        (5, "chat_template is no text"),
+    ],
+)
+def test_odd_chat_templates(template: Any, message: str, tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    with pytest.raises(TokenizerError, match=message):
+        read_tokenizer(tmp_path)
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(TokenizerError, match=r"chat_template\.jinja cannot be read"):
+        read_tokenizer(tmp_path)
 
 
 def test_control_tokens(tmp_path: Path) -> None:
@@ -206,6 +252,9 @@ def test_control_tokens(tmp_path: Path) -> None:
     assert (resolve_tokens(config, files).fork, resolve_tokens(config, files).child) == (259, 260)
     tokens = resolve_tokens(config, files, "[SplitSop]", 17)
     assert (tokens.fork, tokens.child) == (260, 17)
+    assert resolve_tokens(replace(config, pad=264), files).pad is None  # named, but never made: nothing is padded
+    with pytest.raises(TokenizerError, match="the begin token has id 264, but the model has only 264 vocabulary rows"):
+        resolve_tokens(replace(config, bos=264), files)
     assert resolve_tokens(config, files, "262", "a").fork == 262  # rows beyond the tokenizer can be named by id
     for options, message in (
         (("[Nope]", None), r"has no fork token '\[Nope\]'; either use .*, or .*--fork-token STRING or ID"),

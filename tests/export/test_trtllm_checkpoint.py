@@ -137,7 +137,7 @@ def change(directory: Path, config: dict[str, Any]) -> None:
         ({"qk_layernorm": True}, "qk_layernorm True"),
         ({"moe": {"num_experts": 8}}, "mixture of 8 experts"),
         ({"rotary_embedding_dim": 8}, "rotary_embedding_dim 8 is not head_size 16"),
-        ({"rotary_scaling": {"type": "dynamic", "factor": 2.0}}, "RoPE scaling of type 'dynamic'"),
+        ({"rotary_scaling": {"type": "longrope", "factor": 2.0}}, "RoPE scaling of type 'longrope'"),
         ({"num_key_value_heads": 1}, "has 192 rows, config.json asks for 96"),
     ],
 )

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from checkpoints import make_checkpoint
 
 from apar.export.errors import ExecutorError
@@ -357,6 +358,24 @@ class TestInspect:
         facts = json.loads(run(capsys, "inspect", str(checkpoint), "--json")[0])
         assert facts["kind"] == "checkpoint" and facts["max_context"] == 1024
         assert "not built" in run(capsys, "inspect", str(checkpoint))[0]
+
+    def test_a_checkpoint_is_shown_as_it_would_be_built(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        folder, target = tmp_path / "a 16-bit one", tmp_path / "the engine"
+        make_checkpoint(folder, "gqa", dtype=torch.bfloat16)
+        planned = json.loads(run(capsys, "inspect", str(folder), "--json")[0])
+        _, said = run(capsys, "build", str(folder), "-o", str(target))
+        assert f"apar generate '{target}' \"...\"" in said  # may be copied to a shell
+        built = json.loads(run(capsys, "inspect", str(target), "--json")[0])
+        same = ("source", "parameters", "model", "max_context", "dtype", "quantize", "block_size", "kv_dtype", "tokens")
+        assert {key: planned[key] for key in same} == {key: built[key] for key in same}
+        assert planned["dtype"] == "bfloat16"
+
+    def test_what_a_directory_is_instead(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (tmp_path / "adapter_config.json").write_text("{}")
+        for command in (["inspect", str(tmp_path)], ["generate", str(tmp_path), "Hello."]):
+            assert "it holds an adapter (LoRA): merge it" in run(capsys, *command, code=1)[1]
 
 
 class TestBench:

@@ -157,6 +157,14 @@ def test_byte_tokens_and_padding_rows() -> None:
     assert [tokenizer.token_bytes(3 + byte) for byte in range(256)] == [bytes([byte]) for byte in range(256)]
 
 
+def test_text_beyond_the_models_rows_is_refused() -> None:
+    """A tokenizer of another model must not reach the embedding, where one such id fails the whole step."""
+    tokenizer = Tokenizer(sentencepiece_definition(), TokenIds(fork=10, child=11, eos=(2,), bos=1), vocab_size=300)
+    with pytest.raises(TokenizerError, match=r"text became token \d+, but the model has only 300 vocabulary rows"):
+        tokenizer.encode_text("A curious user")
+    assert sentencepiece_tokenizer().encode_text("A curious user")
+
+
 def test_byte_level_tokens_cover_all_bytes() -> None:
     tokenizer = byte_level_tokenizer()
     assert {bytes([b]) for b in range(256)} <= set(tokenizer.bytes_table)
