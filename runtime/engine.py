@@ -156,7 +156,7 @@ class Engine:
             logits = execute(step.inputs)
             executed = time.perf_counter()
             self.model_seconds += executed - scheduled
-            first = _rows(logits, np.arange(step.sampled.size)) if step.drafts is not None else logits
+            first = logits if step.drafts is None else _first_rows(logits, step.sampled.size)
             sampled = self._sample(first, step.sampled, step.counters, step.fork_banned)
         except Exception as error:
             self.failed_steps += 1
@@ -167,12 +167,20 @@ class Engine:
         # A device may still compute when `logits` returns; the sampler waits for it.
         self.scheduler.observe(step, done - scheduled)
         self.scheduler.count_denials(step.sampled, sampled.denied)
-        if self.scheduler.speculation is not None:
-            return self._verify(step, logits, first, sampled, self.scheduler.speculation, read)
-        self.failed_steps = 0
-        self._keep_logprobs(step.sampled, sampled)
-        report = self._tell(self.scheduler.commit(step, sampled.tokens, sampled.failed), read)
-        self.host_seconds += time.perf_counter() - done
+        drafts = self.scheduler.speculation
+        if drafts is not None and not drafts.is_plain(step):
+            report = self._verify(step, logits, first, sampled, drafts, read)
+        else:
+            self.failed_steps = 0
+            self._keep_logprobs(step.sampled, sampled)
+            if drafts is not None:
+                drafts.begin_plain(step)
+            report = self._tell(self.scheduler.commit(step, sampled.tokens, sampled.failed), read)
+            if drafts is not None:
+                drafts.settle_plain(step, report)
+            self.host_seconds += time.perf_counter() - done
+        if drafts is not None:
+            drafts.timed(step, len(report.tokens), self.clock() - now)
         return report
 
     def _verify(
@@ -247,6 +255,11 @@ class Engine:
         if branch.logprobs is None:
             branch.logprobs = []
         branch.logprobs.append(entry)
+
+
+def _first_rows(logits: Float32Array | DeviceLogits, count: int) -> Float32Array | DeviceLogits:
+    """The first rows of logits, where they are; those on a device are copied, since drawing overwrites them."""
+    return logits.take(np.arange(count)) if isinstance(logits, DeviceLogits) else logits[:count]
 
 
 def _rows(logits: Float32Array | DeviceLogits, rows: IntArray) -> Float32Array | DeviceLogits:

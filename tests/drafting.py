@@ -58,7 +58,7 @@ class RandomDrafter(Drafter):
 def speculate(engine: Engine, drafter: Drafter, step_tokens: int = 64, **options: object) -> Speculation:
     """Let an engine draft with a test's drafter."""
     books = engine.scheduler
-    chosen = DraftOptions(method="medusa", **options)  # type: ignore[arg-type]
+    chosen = DraftOptions(method="medusa", measured=False, **options)  # type: ignore[arg-type]
     tokens = engine.executor.manifest.tokens
     books.speculation = Speculation(chosen, drafter, books.table, books.requests, books.blocks, tokens, step_tokens)
     return books.speculation

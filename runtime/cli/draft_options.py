@@ -41,22 +41,24 @@ def add_draft_sizes(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--medusa-widths",
         metavar="1,W,...",
-        help="medusa: guesses of each head that follow every node of the draft tree (default: 1,7,6)",
+        help="medusa: guesses of each head that follow every node of the draft tree (default: 1,7,6 and a chain of "
+        "further heads)",
     )
     group.add_argument(
         "--draft-budget",
         type=whole(1),
         metavar="N",
-        help="draft tokens of a whole step (default: what the executor's steps bear without becoming slower)",
+        help="draft tokens of a whole step (default: what gives most tokens a second, by measured steps; none "
+        "where drafts do not pay)",
     )
 
 
 def draft_options(options: argparse.Namespace, method: str | None = None) -> DraftOptions:
     """What the user asked for, or the same with another method. Raises RequestError where it means nothing."""
     from apar.export.errors import RequestError
-    from apar.runtime.speculative.options import DEFAULT_WIDTHS, DraftOptions
+    from apar.runtime.speculative.options import DraftOptions
 
-    widths: tuple[int, ...] = DEFAULT_WIDTHS
+    widths: tuple[int, ...] | None = None
     if options.medusa_widths is not None:
         parts = options.medusa_widths.split(",")
         if not all(part.isascii() and part.isdigit() and len(part) < 6 for part in parts):

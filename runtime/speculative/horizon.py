@@ -76,8 +76,11 @@ class Horizon:
         self.max_advance = max_advance
         self._births, self._birth_tokens = _birth_bounds()
 
-    def reach(self, rows: IntArray) -> Reach:
-        """Which of `rows` (siblings together, parked branches left out) take part in the next step, and how."""
+    def reach(self, rows: IntArray, drafting: bool = True) -> Reach:
+        """Which of `rows` (siblings together, parked branches left out) take part in the next step, and how.
+
+        drafting: False: no row grows by more than a token.
+        """
         table, requests = self.table, self.requests
         groups = RowGroups.of(table.request[rows])
         allowance = np.full(rows.size, self.max_advance, dtype=np.int32)
@@ -87,6 +90,8 @@ class Horizon:
         clock = table.length[rows] - table.clock_base[rows]
         slowest = np.minimum.reduceat(clock, starts)
         level = slowest == requests.clock[owners]
+        if not drafting and level.all():
+            return Reach(rows, np.ones(rows.size, dtype=np.int32), np.zeros(rows.size, dtype=bool))
         alone = (requests.live[owners] == 1) & level
         free = alone if alone.all() else alone | self._certified(rows, groups, clock, slowest)
         if free.all():

@@ -28,8 +28,9 @@ class DraftOptions:
     """Most draft tokens of a row in a step; default: the whole tree, or 8 with `ngram`."""
     medusa_choices: Sequence[Sequence[int]] | None = None
     """Medusa: the tree's nodes as paths of ranks, `[[0], [0, 0], [1]]`; missing ancestors are added."""
-    medusa_widths: Sequence[int] = DEFAULT_WIDTHS
-    """Medusa, without choices: 1, then how many guesses of each head follow every node before."""
+    medusa_widths: Sequence[int] | None = None
+    """Medusa, without choices: 1, then how many guesses of each head follow every node before. Default: 1, 7, 6, and
+    behind the likeliest of these nodes the likeliest guess of every further head."""
     prompt_lookup_max: int = 4
     """N-gram: longest run of last tokens that is looked up."""
     prompt_lookup_min: int = 2
@@ -38,6 +39,10 @@ class DraftOptions:
     """Draft tokens of a whole step; default: what keeps this executor's steps bound by memory."""
     adaptive: bool = True
     """Hand the budget out by expected gain; False: every row gets its largest draft while the budget lasts."""
+    measured: bool = True
+    """Draft only where, and only as much as, steps that were measured say that it saves time; False: use the budget,
+    whatever it takes, which is the same on every machine. Without effect where `draft_budget` is given or `adaptive`
+    is false."""
     acceptance: str = "exact"
     """`exact`: the same tokens as without drafts, sampled ones too. `typical`: rows that sample take drafts that the
     model finds typical, which is another distribution."""
@@ -59,9 +64,11 @@ class DraftOptions:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
                 raise RequestError(f"{name} is {value!r}, it must be a number above 0 and at most 1")
-        if not isinstance(self.adaptive, bool):
-            raise RequestError(f"adaptive is {self.adaptive!r}, it must be true or false")
-        _list("medusa_widths", self.medusa_widths)
+        for name in ("adaptive", "measured"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(f"{name} is {getattr(self, name)!r}, it must be true or false")
+        if self.medusa_widths is not None:
+            _list("medusa_widths", self.medusa_widths)
         for choice in _list("medusa_choices", [] if self.medusa_choices is None else self.medusa_choices):
             _list("a path of medusa_choices", choice)
         self.paths()
@@ -78,12 +85,14 @@ class DraftOptions:
             return cls()
         return draft if isinstance(draft, DraftOptions) else cls(method=draft)
 
-    def paths(self) -> list[tuple[int, ...]]:
-        """The tree's nodes as paths of ranks, ancestors included. Raises RequestError."""
+    def paths(self, heads: int = 0) -> list[tuple[int, ...]]:
+        """The tree's nodes as paths of ranks, ancestors included; heads: that an engine has. Raises RequestError."""
         if self.method == "ngram":
             return [(0,) * depth for depth in range(1, 1 + min(self.num_speculative_tokens or 8, MAX_DEPTH))]
         if self.medusa_choices is None:
-            chosen = _product(self.medusa_widths)
+            chosen = _product(DEFAULT_WIDTHS if self.medusa_widths is None else self.medusa_widths)
+            if self.medusa_widths is None:
+                chosen += [(0,) * depth for depth in range(len(DEFAULT_WIDTHS), min(heads, MAX_DEPTH) + 1)]
         else:
             chosen = [_path(choice) for choice in self.medusa_choices]
         nodes = dict.fromkeys(path[:depth] for path in chosen for depth in range(1, len(path) + 1))

@@ -7,6 +7,7 @@ import numpy as np
 from apar.export.errors import RequestError
 from apar.export.manifest import TokenIds
 from apar.runtime.booking import StepReport
+from apar.runtime.branch import Branch
 from apar.runtime.branch_blocks import BranchBlocks
 from apar.runtime.branch_table import BranchTable
 from apar.runtime.device_logits import DeviceLogits
@@ -14,17 +15,21 @@ from apar.runtime.executor.base import Executor
 from apar.runtime.request_table import RequestTable
 from apar.runtime.sampler import Sampler
 from apar.runtime.speculative.budget import DraftBudget
+from apar.runtime.speculative.draft_cost import DraftCost
 from apar.runtime.speculative.drafter import Drafter
 from apar.runtime.speculative.horizon import Horizon, Reach
 from apar.runtime.speculative.medusa import MedusaDrafter
 from apar.runtime.speculative.ngram import NgramDrafter
 from apar.runtime.speculative.options import DraftOptions
+from apar.runtime.speculative.pace import Pace
 from apar.runtime.speculative.row_drafts import RowDrafts
 from apar.runtime.speculative.tree import DraftTree
 from apar.runtime.speculative.typical import typical_token
 from apar.runtime.speculative.verification import Verification
 from apar.runtime.step import Float32Array, Int32Array, IntArray
 from apar.runtime.step_writer import Step
+
+_NO_ROWS: IntArray = np.zeros(0, dtype=np.int64)
 
 
 class Speculation:
@@ -58,7 +63,14 @@ class Speculation:
         self.blocks = blocks
         self.tokens = tokens
         self.step_tokens = step_tokens
-        self.budget = DraftBudget(self.tree, options.adaptive, table.capacity)
+        measures = options.measured and options.adaptive and options.draft_budget is None
+        self.pace = Pace(measures)
+        self.cost = DraftCost()
+        self.budget = DraftBudget(self.tree, options.adaptive, table.capacity, cost=self.cost if measures else None)
+        self._drafting = True
+        """Whether the step that runs may draft."""
+        self._steady = 0
+        """Steps of one way since the last change between them."""
         self.horizon = Horizon(table, requests, self.tree.max_depth + 1)
         self.drafted = 0
         """Draft nodes verified so far."""
@@ -71,10 +83,13 @@ class Speculation:
 
     def reach(self, rows: IntArray) -> Reach:
         """Which rows take part in the next step, and how far each may get (`horizon`)."""
-        return self.horizon.reach(rows)
+        self._drafting = self.pace.drafting
+        return self.horizon.reach(rows, self._drafting)
 
     def draft(self, reach: Reach, pending: Int32Array, max_step_tokens: int) -> RowDrafts | None:
         """Drafts behind the `pending` [R] tokens of each row, within the budget; None where there are none."""
+        if not self._drafting:
+            return None
         rows, table, tree = reach.rows, self.table, self.tree
         taken = int(pending.sum())
         budget = min(self._budget(taken, max_step_tokens), max_step_tokens - taken)
@@ -86,7 +101,7 @@ class Speculation:
         most = np.minimum(most, self.requests.remaining[table.request[rows]])
         limits = np.minimum(self.drafter.available(rows), tree.upto_depth[np.clip(most - 1, 0, tree.max_depth)])
         limits = np.minimum(limits, table.block_table.shape[1] * table.block_size - length).astype(np.int32)
-        sizes = self.budget.sizes(rows, limits, budget)
+        sizes = self.budget.sizes(rows, limits, budget, taken)
         if not sizes.any():
             return None
         return RowDrafts(tree, sizes, self.drafter.tokens(rows, sizes), reach.together)
@@ -98,6 +113,35 @@ class Speculation:
         return self.step_tokens - taken if self.options.adaptive else max_step_tokens
 
     # ---------------------------------------------------------------- after the step
+
+    def is_plain(self, step: Step) -> bool:
+        """Whether a step that ran neither has drafts nor is followed by one that may: there is nothing to verify."""
+        return step.drafts is None and not self._drafting
+
+    def begin_plain(self, step: Step) -> None:
+        """A plain step is about to be booked."""
+        self.horizon.advanced(step.sampled)
+
+    def settle_plain(self, step: Step, report: StepReport) -> None:
+        """A plain step is booked."""
+        self.drafter.learn(report, _NO_ROWS, _NO_ROWS, report.forked)
+        self._start_skills(step.sampled[step.counters == 0], report.forked)
+        self.pace.choose(step.sampled.size - len(report.ended) + len(report.forked))
+
+    def timed(self, step: Step, tokens: int, seconds: float) -> None:
+        """A step is settled; all of it took so long and gave so many tokens."""
+        pace = self.pace
+        if not pace.measures:
+            return
+        if self._drafting != pace.drafting:
+            self._steady = 0
+            return
+        self._steady += 1
+        # Right after the change there are no guesses yet; prompts and trees being resumed say nothing about decoding.
+        decodes = step.rows.size == step.sampled.size and int(step.pending.max()) <= 2
+        if decodes and self._steady > pace.drafting:
+            pace.observe(step.sampled.size, tokens, seconds, pace.drafting)
+            self.cost.observe(step.inputs.input_ids.size, seconds, pace.drafting)
 
     def verify(self, step: Step) -> Verification:
         """To follow the drafts of a step that ran. To be asked for before the step is booked."""
@@ -151,17 +195,23 @@ class Speculation:
         rows = verification.live(np.arange(verification.slots.size))
         slots = verification.slots[rows]
         self.blocks.trim(slots[drafted[rows]])
-        table = self.table
-        roots = (step.counters[rows] == 0) & (table.clock_base[slots] == table.start[slots])
-        self.budget.begin(slots[roots])
+        if step.drafts is not None:
+            self.budget.keep(int(verification.accepted.sum()))
         children = [child for child in report.forked if child.slot >= 0]
+        self._start_skills(slots[step.counters[rows] == 0], children)
+        drafting = self.pace.choose(rows.size + len(children))
+        # As many rows as fill a step leave nothing to draft for: heads are not run in vain.
+        going = rows if drafting and self._budget(rows.size, rows.size + 1) > 0 else rows[:0]
+        self.drafter.learn(report, verification.slots[going], verification.wanted[going], children)
+
+    def _start_skills(self, began: IntArray, children: list[Branch]) -> None:
+        """Branches that said their first token: roots begin without a history, children with their parents'."""
+        if began.size:
+            self.budget.begin(began[self.table.clock_base[began] == self.table.start[began]])
         for child in children:
             parent = child.parent
-            if parent is not None and parent.slot >= 0:
+            if parent is not None and parent.slot >= 0 and child.slot >= 0:
                 self.budget.inherit(child.slot, parent.slot)
-        # As many rows as fill a step leave nothing to draft for: heads are not run in vain.
-        going = rows if self._budget(rows.size, rows.size + 1) > 0 else rows[:0]
-        self.drafter.learn(report, verification.slots[going], verification.wanted[going], children)
 
     def counters(self) -> dict[str, int]:
         """Counts for people and metrics."""
@@ -184,7 +234,7 @@ def make_speculation(
     drafter: Drafter
     if options.method == "medusa":
         heads = manifest.draft_heads.count if manifest.draft_heads else 0
-        paths = options.paths()
+        paths = options.paths(heads)
         deepest = max(len(path) for path in paths)
         if heads and deepest > heads:
             raise RequestError(

@@ -32,6 +32,9 @@ from apar.runtime.speculative.options import DraftOptions
 from apar.runtime.speculative.tree import DraftTree, causal_masks
 
 GREEDY = SamplingParams(max_tokens=400, temperature=0.0)
+DRAFTS = [DraftOptions("medusa", measured=False), DraftOptions("ngram", measured=False)]
+"""The same drafts on every machine."""
+NAMES = ["medusa", "ngram"]
 UNCACHED = SchedulerLimits(prefix_caching=False)
 
 
@@ -77,6 +80,9 @@ def test_trees_by_configuration() -> None:
     choices = DraftOptions("medusa", medusa_choices=[[0, 0, 0], [1, 2]]).paths()
     assert sorted(choices) == [(0,), (0, 0), (0, 0, 0), (1,), (1, 2)], "ancestors are added"
     assert len(DraftOptions("medusa", medusa_widths=(1, 2, 2, 2)).paths()) == 2 + 4 + 8
+    deeper = set(DraftOptions("medusa").paths(heads=4)) - set(DraftOptions("medusa").paths())
+    assert deeper == {(0, 0, 0), (0, 0, 0, 0)}, "a chain for the heads that the paper's tree leaves out"
+    assert DraftOptions("medusa", medusa_widths=(1, 7, 6)).paths(heads=4) == DraftOptions("medusa").paths()
     assert DraftOptions("ngram", num_speculative_tokens=3).paths() == [(0,), (0, 0), (0, 0, 0)]
     assert DraftTree(DraftOptions("medusa").paths(), 10).size == 10
 
@@ -94,6 +100,7 @@ def test_trees_by_configuration() -> None:
         ({"method": "medusa", "medusa_choices": [0]}, "a path of medusa_choices is 0, it must be a list"),
         ({"medusa_widths": 7}, "medusa_widths is 7, it must be a list"),
         ({"adaptive": "no"}, "true or false"),
+        ({"measured": 1}, "true or false"),
         ({"num_speculative_tokens": 0}, "num_speculative_tokens"),
         ({"draft_budget": True}, "draft_budget"),
         ({"prompt_lookup_min": 5}, "prompt_lookup_min"),
@@ -225,9 +232,9 @@ def plain(tiny_engine: Path, heldout: list[dict[str, Any]]) -> Iterator[list[Req
     yield answers(tiny_engine, [entry["messages"] for entry in heldout], None)
 
 
-@pytest.mark.parametrize("draft", ["medusa", "ngram"])
+@pytest.mark.parametrize("draft", [*DRAFTS, *NAMES], ids=[*NAMES, "medusa measured", "ngram measured"])
 def test_all_prompts_are_answered_as_without_drafts(
-    draft: str, tiny_engine: Path, heldout: list[dict[str, Any]], plain: list[RequestOutput]
+    draft: DraftOptions | str, tiny_engine: Path, heldout: list[dict[str, Any]], plain: list[RequestOutput]
 ) -> None:
     drafted = answers(tiny_engine, [entry["messages"] for entry in heldout], draft)
     assert words(drafted) == words(plain)
@@ -245,7 +252,7 @@ def test_forks_and_medusa_take_a_quarter_of_plain_decodings_steps(
     tiny_engine: Path, heldout: list[dict[str, Any]], plain: list[RequestOutput]
 ) -> None:
     forking = [entry["messages"] for entry, output in zip(heldout, plain, strict=True) if len(output.branches) > 1]
-    with LLM(tiny_engine, draft="medusa", threads=1, limits=UNCACHED) as llm:
+    with LLM(tiny_engine, draft=DRAFTS[0], threads=1, limits=UNCACHED) as llm:
         outputs = [llm.generate(prompt, GREEDY)[0] for prompt in forking[::4]]
         stats = llm.stats()
     tokens, steps = sum(o.usage.completion_tokens for o in outputs), sum(o.timing.steps for o in outputs)
@@ -253,10 +260,14 @@ def test_forks_and_medusa_take_a_quarter_of_plain_decodings_steps(
     assert sum(stats["accepted_lengths"][1:]) > stats["accepted_lengths"][0]
 
 
-@pytest.mark.parametrize("draft", ["medusa", "ngram"])
+@pytest.mark.parametrize("draft", DRAFTS, ids=NAMES)
 @pytest.mark.parametrize("options", [{"executor": "torch"}, {"graph": "portable"}], ids=["torch", "portable"])
 def test_other_executors_draft_too(
-    draft: str, options: dict[str, Any], tiny_engine: Path, heldout: list[dict[str, Any]], plain: list[RequestOutput]
+    draft: DraftOptions,
+    options: dict[str, Any],
+    tiny_engine: Path,
+    heldout: list[dict[str, Any]],
+    plain: list[RequestOutput],
 ) -> None:
     chosen = [0, 40]
     kind = options.get("executor")
@@ -267,7 +278,7 @@ def test_other_executors_draft_too(
 
 
 def test_a_child_drafts_from_its_first_step(tiny_engine: Path, heldout: list[dict[str, Any]]) -> None:
-    with LLM(tiny_engine, draft="medusa", threads=1) as llm:
+    with LLM(tiny_engine, draft=DRAFTS[0], threads=1) as llm:
         engine = llm._text.engine
         speculation = engine.scheduler.speculation
         assert speculation is not None and isinstance(speculation.drafter, MedusaDrafter)
@@ -291,7 +302,7 @@ def test_stop_strings_and_streams_end_inside_drafts(tiny_engine: Path) -> None:
     question, stop = "Give me four facts about owls.", ["mice", "hear"]
     params = SamplingParams(max_tokens=300, temperature=0.0, stop=stop)
     found = []
-    for draft in ("none", "medusa"):
+    for draft in (None, DRAFTS[0]):
         with LLM(tiny_engine, draft=draft, threads=1) as llm:
             items = list(llm.stream(question, params))
         output = items[-1]
@@ -310,7 +321,7 @@ def test_stop_strings_and_streams_end_inside_drafts(tiny_engine: Path) -> None:
 def test_sampling_on_the_tiny_model_does_not_depend_on_drafts(tiny_engine: Path) -> None:
     params = [SamplingParams(max_tokens=120, temperature=1.2, top_p=0.95, seed=seed) for seed in range(6)]
     found = []
-    for draft in ("none", "medusa", "ngram"):
+    for draft in (None, *DRAFTS):
         with LLM(tiny_engine, draft=draft, threads=1) as llm:
             found.append(words(llm.generate(["Tell me about the violin."] * 6, params)))
     assert found[0] == found[1] == found[2]
@@ -319,7 +330,7 @@ def test_sampling_on_the_tiny_model_does_not_depend_on_drafts(tiny_engine: Path)
 def test_replayed_trees_are_drafted_by_lookup() -> None:
     tree = {"prompt_tokens": 40, "segments": [[12, 30], [10, 25], [8, 0]]}
     steps = []
-    for draft in ("none", "ngram"):
+    for draft in (None, DRAFTS[1]):
         executor = ReplayExecutor([tree], num_blocks=200)
         engine = Engine(executor, SchedulerLimits(), draft=draft)
         request = engine.submit("r", executor.replay_prompt(0), SamplingParams(max_tokens=500, temperature=0.0))
@@ -350,9 +361,8 @@ def test_generate_drafts_on_the_command_line(tiny_engine: Path, capsys: pytest.C
     found = []
     for draft in ("none", "medusa", "ngram"):
         question = "Give me three facts about owls."
-        assert (
-            main(["generate", str(tiny_engine), question, "--json", "-q", "--draft", draft, "--temperature", "0"]) == 0
-        )
+        options = ["--draft", draft, "--draft-budget", "15", "--temperature", "0"]
+        assert main(["generate", str(tiny_engine), question, "--json", "-q", *options]) == 0
         found.append(json.loads(capsys.readouterr().out))
     assert found[0]["text"] == found[1]["text"] == found[2]["text"]
     assert found[1]["timing"]["steps"] < 0.6 * found[0]["timing"]["steps"]
