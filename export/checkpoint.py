@@ -37,8 +37,6 @@ class Checkpoint:
     tensors: Mapping[str, StoredTensor]
     """Exactly the tensors that the decoder needs, by their checkpoint names, and those of the heads by ours."""
     heads: MedusaHeads | None = None
-    heads_inside: bool = False
-    """Whether Medusa heads are among the checkpoint's own tensors, read or left out."""
 
     @property
     def decoder(self) -> DecoderConfig:
@@ -67,7 +65,7 @@ class Checkpoint:
             heads = find_heads(directory, inside, config.decoder)
         else:
             heads = None if draft_heads == "none" else read_heads(Path(draft_heads), config.decoder)
-        return cls(directory, config, tensors | dict(heads.tensors) if heads else tensors, heads, bool(inside))
+        return cls(directory, config, tensors | dict(heads.tensors) if heads else tensors, heads)
 
 
 def expected_tensors(config: DecoderConfig) -> Iterator[tuple[str, tuple[int, ...]]]:

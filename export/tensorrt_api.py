@@ -6,6 +6,7 @@ Only names that exist in TensorRT 10.10 to 11.x are used anywhere in APAR; what 
 from __future__ import annotations
 
 import importlib
+import re
 from types import ModuleType
 from typing import Any
 
@@ -15,8 +16,8 @@ from apar.plugins.tensorrt_library import TensorRtLibrary, library_path
 MAJORS = (10, 11)
 CREATORS = ("ForkAttention", "ForkPlan", "AllReduce", "AllGather")
 _INSTALL = (
-    "install it with: pip install 'apar[tensorrt]' (10.14, as the Triton containers 26.04 to 26.07 carry it), "
-    "or run inside such a container"
+    "install it with: pip install 'tensorrt==10.14.1.48.*' (what the Triton containers 26.04 to 26.07 carry; 10.10 to "
+    "11.x will do), or run inside such a container"
 )
 
 
@@ -35,6 +36,12 @@ def load_tensorrt() -> ModuleType:
 def major(trt: Any) -> int:
     """Its major version."""
     return int(str(trt.__version__).split(".")[0])
+
+
+def release(trt: Any) -> str:
+    """Its version in four numbers: what engines are bound to, without a wheel's own suffix (10.14.1.48.post1)."""
+    found = re.match(r"\d+(\.\d+){0,3}", str(trt.__version__))
+    return found[0] if found else str(trt.__version__)
 
 
 def load_plugins(trt: Any) -> TensorRtLibrary:

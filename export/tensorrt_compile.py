@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 import onnx
 
 from apar.export.errors import BuildError
-from apar.export.manifest import TensorRtEngine
 from apar.export.tensorrt_api import major
-from apar.export.tensorrt_profiles import DECODE, MIXED, ranges, shapes
+from apar.export.tensorrt_profiles import Range, shapes
 
 Progress = Callable[[str, int, int], None]
 _STEPS = 1000
@@ -21,29 +22,41 @@ _KEPT_ERRORS = 5
 
 
 class BuildLog:
-    """TensorRT's messages: all of them in a file, the last errors for people."""
+    """TensorRT's messages: all of them in a file, the last errors for people.
+
+    TensorRT may still speak while its objects end, and an exception cannot pass through it: what a disk or Ctrl-C does
+    to a message is kept for later.
+    """
 
     def __init__(self, trt: Any, file: TextIO) -> None:
         self.errors: list[str] = []
+        self.interrupted = False
         self._began = time.monotonic()
-        log = self
+        self._file = file
+        log, verbose = self, trt.ILogger.Severity.VERBOSE
 
         class Logger(trt.ILogger):
             def __init__(self) -> None:
                 trt.ILogger.__init__(self)
 
             def log(self, severity: Any, msg: str) -> None:
-                log.write(file, severity, msg)
+                if severity != verbose:
+                    log.write(severity, msg)
 
         self.logger = Logger()
 
-    def write(self, file: TextIO, severity: Any, message: str) -> None:
+    def write(self, severity: Any, message: str) -> None:
         """Keep one message."""
-        name = str(severity).rpartition(".")[2]
-        if name in ("ERROR", "INTERNAL_ERROR"):
-            self.errors = [*self.errors, message.strip()][-_KEPT_ERRORS:]
-        if name != "VERBOSE":
-            file.write(f"{time.monotonic() - self._began:9.3f} {name:7} {message}\n")
+        try:
+            name = str(severity).rpartition(".")[2]
+            if name in ("ERROR", "INTERNAL_ERROR"):
+                self.errors = [*self.errors, message.strip()][-_KEPT_ERRORS:]
+            if not self._file.closed:
+                self._file.write(f"{time.monotonic() - self._began:9.3f} {name:7} {message}\n")
+        except KeyboardInterrupt:
+            self.interrupted = True
+        except OSError as error:
+            self.errors = [*self.errors, f"the log cannot be written: {error}"][-_KEPT_ERRORS:]
 
     def summary(self) -> str:
         """The last errors as one line."""
@@ -54,7 +67,7 @@ def compile_graph(
     trt: Any,
     graph: Path,
     engine: Path,
-    facts: TensorRtEngine,
+    profiles: Sequence[Mapping[str, Range]],
     *,
     log: BuildLog,
     workspace_bytes: int | None = None,
@@ -64,6 +77,7 @@ def compile_graph(
 ) -> None:
     """Compile `graph` and write the engine to the file `engine`. The plugins must have been loaded.
 
+    profiles: the ranges of the graph's symbolic dimensions, for each optimisation profile.
     workspace_bytes: most scratch memory that layers may ask for; by default all of the GPU's.
     optimization_level: TensorRT's 0 to 5 (its default is 3); higher takes longer.
     timing_cache: file with measurements of earlier builds, read where it is there and written again.
@@ -83,24 +97,49 @@ def compile_graph(
     if optimization_level is not None:
         config.builder_optimization_level = optimization_level
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    _add_profiles(builder, config, network, graph, facts)
-    cache = config.create_timing_cache(timing_cache.read_bytes() if timing_cache and timing_cache.is_file() else b"")
-    config.set_timing_cache(cache, ignore_mismatch=False)
-    monitor = _monitor(trt, progress)
+    _add_profiles(builder, config, network, graph, profiles)
+    cache = _attach_cache(config, timing_cache, log)
+    monitor = _monitor(trt, log, progress)
     config.progress_monitor = monitor
     serialized = builder.build_serialized_network(network, config)
-    if monitor.interrupted:
+    if log.interrupted:
         raise KeyboardInterrupt
     if serialized is None:
         raise BuildError(f"TensorRT {trt.__version__} cannot compile the graph: {log.summary()}")
     try:
         with engine.open("wb") as file:
             file.write(serialized)
-        if timing_cache is not None:
-            timing_cache.parent.mkdir(parents=True, exist_ok=True)
-            timing_cache.write_bytes(config.get_timing_cache().serialize())
     except OSError as error:
-        raise BuildError(f"{error.filename} cannot be written: {error}") from error
+        raise BuildError(f"{engine} cannot be written: {error}") from error
+    if timing_cache is not None:
+        _save_cache(cache, timing_cache, log)
+
+
+def _attach_cache(config: Any, path: Path | None, log: BuildLog) -> Any:
+    """The timing cache that the build uses: of the file, or a new one where TensorRT does not take the file's."""
+    with contextlib.suppress(OSError):
+        content = path.read_bytes() if path and path.is_file() else b""
+        cache = config.create_timing_cache(content) if content else None
+        if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
+            return cache
+        if content:
+            log.write("WARNING", f"the timing cache {path} is damaged or of another GPU; a new one takes its place")
+    cache = config.create_timing_cache(b"")
+    config.set_timing_cache(cache, ignore_mismatch=False)
+    return cache
+
+
+def _save_cache(cache: Any, path: Path, log: BuildLog) -> None:
+    """Write the cache whole or not at all. An engine is worth more than its measurements: a failure is only logged."""
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_bytes(cache.serialize())
+        unfinished.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+        log.write("WARNING", f"the timing cache {path} cannot be written: {error}")
 
 
 def _network_flags(trt: Any) -> int:
@@ -116,16 +155,17 @@ def _parse_errors(parser: Any) -> str:
     return "; ".join(found) or "its parser gave no reason"
 
 
-def _add_profiles(builder: Any, config: Any, network: Any, graph: Path, facts: TensorRtEngine) -> None:
+def _add_profiles(
+    builder: Any, config: Any, network: Any, graph: Path, profiles: Sequence[Mapping[str, Range]]
+) -> None:
     dimensions = graph_dimensions(graph)
     inputs = [network.get_input(i).name for i in range(network.num_inputs)]
-    for which in (DECODE, MIXED):
-        symbols = ranges(facts, which)
+    for number, symbols in enumerate(profiles):
         profile = builder.create_optimization_profile()
         for name in inputs:
             profile.set_shape(name, *shapes(dimensions[name], symbols))
-        if config.add_optimization_profile(profile) != which:
-            raise BuildError(f"TensorRT does not take the optimisation profile {which}: a size of it is impossible")
+        if config.add_optimization_profile(profile) != number:
+            raise BuildError(f"TensorRT does not take the optimisation profile {number}: a size of it is impossible")
 
 
 def graph_dimensions(graph: Path) -> Mapping[str, list[int | str]]:
@@ -136,13 +176,15 @@ def graph_dimensions(graph: Path) -> Mapping[str, list[int | str]]:
     }
 
 
-def _monitor(trt: Any, progress: Progress | None) -> Any:
-    """TensorRT's phases as one bar: thousandths of the outermost phase, refined by the phase in it."""
+def _monitor(trt: Any, log: BuildLog, progress: Progress | None) -> Any:
+    """TensorRT's phases as one bar: thousandths of the outermost phase, refined by the phase in it.
+
+    An exception cannot pass through TensorRT: Ctrl-C is noted in `log`, and ends the build at the next step.
+    """
 
     class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
-            self.interrupted = False
             self._outer: tuple[str, int] | None = None
             self._inner: tuple[str, int] | None = None
             self._done = 0.0
@@ -156,14 +198,17 @@ def _monitor(trt: Any, progress: Progress | None) -> Any:
         def step_complete(self, phase_name: str, step: int) -> bool:
             try:
                 self._tell(phase_name, step + 1)
-            except KeyboardInterrupt:  # an exception cannot pass through TensorRT
-                self.interrupted = True
-            return not self.interrupted
+            except KeyboardInterrupt:
+                log.interrupted = True
+            return not log.interrupted
 
         def phase_finish(self, phase_name: str) -> None:
             if self._outer is not None and phase_name == self._outer[0]:
                 self._outer = None
-                self._show(1.0)
+                try:
+                    self._show(1.0)
+                except KeyboardInterrupt:
+                    log.interrupted = True
 
         def _tell(self, phase: str, steps: int) -> None:
             if self._outer is None:

@@ -4,6 +4,7 @@
       manifest.json        ours (manifest.py); its `tensorrt` says for which TensorRT, GPU and steps the engine is
       config.json          TensorRT-LLM's: version, pretrained_config, build_config; and ours again as `apar`
       rank0.engine, ...    one compiled engine for each rank
+      rank0_medusa.engine  Medusa heads, where the checkpoint has some
       apar_gpu.table       GPU kernels of ForkAttention for this model and GPU
       build.log            what TensorRT said
       tokenizer.json, ...
@@ -25,14 +26,14 @@ from apar.export.checkpoint import Checkpoint
 from apar.export.checkpoint_hints import checkpoint_name
 from apar.export.control_tokens import resolve_tokens
 from apar.export.errors import BuildError
-from apar.export.manifest import MANIFEST_NAME, Manifest, TensorRtEngine
-from apar.export.medusa import FOLDER as HEADS_FOLDER
+from apar.export.manifest import MANIFEST_NAME, DraftHeads, Manifest, TensorRtEngine
 from apar.export.onnx_engine import installed_version, longest_context
 from apar.export.output_directory import OutputDirectory, sync
 from apar.export.sharding import Shard
-from apar.export.tensorrt_api import load_plugins, load_tensorrt
+from apar.export.tensorrt_api import load_plugins, load_tensorrt, release
 from apar.export.tensorrt_compile import BuildLog, compile_graph
-from apar.export.tensorrt_graph import graph_bytes, write_graph
+from apar.export.tensorrt_graph import graph_bytes, heads_name, write_graph
+from apar.export.tensorrt_profiles import DECODE, MIXED, head_ranges, ranges
 from apar.export.tokenizer_files import read_tokenizer
 from apar.export.trtllm_config import CONFIG_NAME, engine_config
 from apar.export.typed_graph import KV_BINDINGS
@@ -102,13 +103,15 @@ def build(
     fork_token: str | int | None = None,
     child_token: str | int | None = None,
     max_context: int | None = None,
+    draft_heads: Path | str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Manifest | None:
     """Build the engine directory `output` from the checkpoint directory `checkpoint`.
 
     The checkpoint is one in the Hugging Face layout, or TensorRT-LLM's; `tokenizer` is the directory of the tokenizer
-    where it is not in the checkpoint. Medusa heads are left out. Returns the manifest, or None for `graph_only`.
+    where it is not in the checkpoint. `draft_heads` is a directory with Medusa heads; "none" leaves out those that ride
+    with the checkpoint. Returns the manifest, or None for `graph_only`.
 
     Raises BuildError, CheckpointError, TokenizerError, and PluginError where TensorRT, its plugins, the GPU or its
     driver are missing. Whatever happens, `output` is afterwards either what it was or complete.
@@ -116,9 +119,13 @@ def build(
     options = options or TensorRtOptions()
     options.check()
     checkpoint, output = Path(checkpoint), Path(output)
-    source = Checkpoint.open(checkpoint, "none")
-    if source.heads_inside or (checkpoint / HEADS_FOLDER).is_dir():
-        logger.warning("TensorRT engines have no Medusa heads yet; those of %s are left out", checkpoint)
+    source = Checkpoint.open(checkpoint, draft_heads)
+    heads = source.heads.shape if source.heads else None
+    if heads and options.tp_size > 1:
+        if draft_heads is not None:
+            raise BuildError("Medusa heads are built for one rank only; leave out draft_heads, or build with tp_size 1")
+        logger.warning("engines of several ranks have no Medusa heads; those of %s are left out", checkpoint)
+        heads = None
     files = read_tokenizer(tokenizer or checkpoint)
     decoder = replace(source.decoder, max_context=longest_context(source, max_context))
     if decoder.head_dim not in HEAD_DIMS:
@@ -132,17 +139,18 @@ def build(
         block_size=options.block_size,
         dtype=options.dtype,
         kv_dtype=options.dtype,
+        draft_heads=heads,
         source=checkpoint_name(checkpoint),
         apar_version=installed_version(),
     )
     shards = [Shard(rank, options.tp_size) for rank in range(options.tp_size)]
-    weight_bytes = [graph_bytes(source, options.dtype, shard) for shard in shards]
+    weight_bytes = [graph_bytes(source, options.dtype, shard, heads) for shard in shards]
     needed = sum(weight_bytes) + (0 if options.graph_only else max(weight_bytes)) + _SPARE_BYTES
     engine_id = secrets.randbelow(2**31)
     with OutputDirectory(output, overwrite=overwrite, needed_bytes=needed) as directory:
         if options.graph_only:
             for shard in shards:
-                _graph(source, directory, options, engine_id, shard, progress)
+                _graph(source, directory, options, engine_id, shard, heads, progress)
             sync(directory)
             return None
         facts = _compile(manifest, source, directory, options, engine_id, shards, max(weight_bytes), progress)
@@ -163,6 +171,7 @@ def _graph(
     options: TensorRtOptions,
     engine_id: int,
     shard: Shard,
+    heads: DraftHeads | None,
     progress: Progress | None,
 ) -> Path:
     return write_graph(
@@ -173,6 +182,7 @@ def _graph(
         kv_binding=options.kv_binding,
         engine_id=engine_id,
         shard=shard,
+        heads=heads,
         progress=progress,
     )
 
@@ -194,7 +204,7 @@ def _compile(
     try:
         block_bytes = manifest.decoder.kv_bytes_per_token(manifest.kv_dtype) * manifest.block_size // options.tp_size
         facts = TensorRtEngine(
-            version=str(trt.__version__),
+            version=release(trt),
             compute_capability=device.compute_capability,
             device=device.name,
             max_rows=options.max_rows,
@@ -211,19 +221,24 @@ def _compile(
         with (directory / LOG_NAME).open("w", encoding="utf-8", errors="replace") as file:
             log = BuildLog(trt, file)
             for shard in shards:
-                graph = _graph(source, directory, options, engine_id, shard, progress)
-                compile_graph(
-                    trt,
-                    graph,
-                    directory / f"rank{shard.rank}.engine",
-                    facts,
-                    log=log,
-                    workspace_bytes=options.workspace_bytes,
-                    optimization_level=options.optimization_level,
-                    timing_cache=options.timing_cache,
-                    progress=progress,
-                )
-                graph.unlink()
+                graph = _graph(source, directory, options, engine_id, shard, manifest.draft_heads, progress)
+                jobs = [(graph, f"rank{shard.rank}", [ranges(facts, DECODE), ranges(facts, MIXED)])]
+                if manifest.draft_heads:
+                    path = directory / heads_name(shard.rank)
+                    jobs.append((path, path.stem, [head_ranges(facts)]))
+                for path, name, profiles in jobs:
+                    compile_graph(
+                        trt,
+                        path,
+                        directory / f"{name}.engine",
+                        profiles,
+                        log=log,
+                        workspace_bytes=options.workspace_bytes,
+                        optimization_level=options.optimization_level,
+                        timing_cache=options.timing_cache,
+                        progress=progress,
+                    )
+                    path.unlink()
                 graph.with_name(graph.name + ".data").unlink()
         return facts
     finally:
@@ -256,7 +271,14 @@ def _pack_kernels(manifest: Manifest, facts: TensorRtEngine, path: Path) -> None
     major, minor = (int(part) for part in facts.compute_capability.split("."))
     sm = 80 if major == 8 else 10 * major + minor
     choice = Choice([manifest.dtype], [manifest.decoder.head_dim], [manifest.block_size], checked=True)
-    path.write_bytes(write_table([Entry.of(compile_build(build, sm)) for build in choice.builds()]))
+    try:
+        entries = [Entry.of(compile_build(build, sm)) for build in choice.builds()]
+    except Exception as error:  # a compiler that does not know the GPU fails in ways of its own
+        raise BuildError(
+            f"triton cannot compile the GPU kernels for compute capability {facts.compute_capability}: {error}; "
+            "the newest may: pip install -U triton"
+        ) from error
+    path.write_bytes(write_table(entries))
 
 
 def _write_config(directory: Path, manifest: Manifest) -> None:

@@ -3,6 +3,10 @@
 Matrices and the attention node are in the engine's dtype, with explicit casts around them; the residual stream, the
 norms, the gate and the logits are float32, so that only matrix products round. Operators are those of opset 19, which
 every TensorRT 10 parses. With a Shard of several ranks, the graph is one rank's and holds the collectives.
+
+TensorRT may sum float16 products in float16. Casts of both operands to float32 and of the product back ask for float32
+sums: TensorRT knows the pattern and makes one float16 kernel of it (its guide, "Control of Computational Precision";
+TensorRT-LLM's `matmul(use_fp32_acc=True)` is the same). bfloat16 products are summed in float32 anyway.
 """
 
 from __future__ import annotations
@@ -47,9 +51,9 @@ class PlainNorm:
 
 
 class TypedLinear:
-    """Gemm in one element type, and what a rank needs of the others around it."""
+    """Gemm on operands of one element type, and what a rank needs of the others around it."""
 
-    opsets: Mapping[str, int] = {DOMAIN: 1}
+    opsets: Mapping[str, int] = {"": OPSET, DOMAIN: 1}
 
     def __init__(self, dtype: str, shard: Shard = Shard()) -> None:  # noqa: B008 - immutable
         self._dtype = dtype
@@ -61,26 +65,32 @@ class TypedLinear:
         narrow = graph.cast(value, kind, f"{value}.{self._dtype}")
         name = output if kind == TensorProto.FLOAT else f"{output}.{self._dtype}"
         part = weight.removesuffix(".weight").rpartition(".")[2]
-        operands = [narrow, graph.plain(weight)]
         if self._shard.size > 1 and part in ROW_PARALLEL:
-            result = self._sum_over_ranks(graph, operands, bias, name)
+            # The bias is added once, after the sum.
+            partial = self._product(graph, narrow, weight, f"{name}.partial")
+            result = self._collective(graph, "AllReduce", partial, f"{name}.sum" if bias else name)
         elif self._shard.size > 1 and part == "lm_head":
-            result = self._gather_vocabulary(graph, operands, name)
+            result = self._gather_vocabulary(graph, self._product(graph, narrow, weight, f"{name}.partial"), name)
         else:
-            result = graph.node("Gemm", [*operands, *([graph.plain(bias)] if bias else [])], name, transB=1)
+            result = self._product(graph, narrow, weight, f"{name}.product" if bias else name)
+        if bias:
+            result = graph.node("Add", [result, graph.plain(bias)], name)
         if kind != TensorProto.FLOAT:
             graph.kinds[result] = kind
         return result
 
-    def _sum_over_ranks(self, graph: Graph, operands: list[str], bias: str | None, name: str) -> str:
-        """The bias is added once, after the sum."""
-        partial = graph.node("Gemm", operands, f"{name}.partial", transB=1)
-        total = self._collective(graph, "AllReduce", partial, f"{name}.sum" if bias else name)
-        return graph.node("Add", [total, graph.plain(bias)], name) if bias else total
+    def _product(self, graph: Graph, narrow: str, weight: str, name: str) -> str:
+        """narrow @ weight^T, of their element type."""
+        if self._dtype != "float16":
+            return graph.node("Gemm", [narrow, graph.plain(weight)], name, transB=1)
+        wide = f"{narrow}.wide"
+        if not any(node.name == wide for node in graph.nodes):
+            graph.node("Cast", [narrow], wide, to=TensorProto.FLOAT)
+        summed = graph.node("Gemm", [wide, graph.float32(weight)], f"{name}.sums", transB=1)
+        return graph.node("Cast", [summed], name, to=ELEMENT_KINDS[self._dtype])
 
-    def _gather_vocabulary(self, graph: Graph, operands: list[str], name: str) -> str:
+    def _gather_vocabulary(self, graph: Graph, partial: str, name: str) -> str:
         """[L, rows] of each rank -> [ranks, L, rows] -> [L, ranks * rows] -> [L, vocab]."""
-        partial = graph.node("Gemm", operands, f"{name}.partial", transB=1)
         ranks = self._collective(graph, "AllGather", partial, f"{name}.ranks")
         swapped = graph.node("Transpose", [ranks], f"{name}.swapped", perm=[1, 0, 2])
         vocab = graph.config.vocab_size

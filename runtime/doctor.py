@@ -38,7 +38,9 @@ class _Machine:
     engine: Path | None
     needs: frozenset[str]
     manifest: Manifest | None = None
-    driver: bool = False
+    cuda: tuple[int, ...] = ()
+    """The newest CUDA that the driver runs."""
+    gpu: str = ""
     trt: Any = None
     capability: str = ""
     library: Any = None
@@ -81,7 +83,8 @@ class _Missing(AparError):
 
 
 def _apar(machine: _Machine) -> str:
-    return f"{_version('apar') or 'unknown'}, ForkAttention ABI {ABI_VERSION}, Python {platform.python_version()}"
+    installed = _version("apar") or "run from its sources"
+    return f"{installed}, ForkAttention ABI {ABI_VERSION}, Python {platform.python_version()}"
 
 
 def _onnx(machine: _Machine) -> str:
@@ -104,30 +107,39 @@ def _torch(machine: _Machine) -> str:
 def _driver(machine: _Machine) -> str:
     from apar.plugins.cuda_driver import driver_version
 
-    text = f"for CUDA up to {driver_version()}"
-    machine.driver = True
-    return text
+    version = driver_version()
+    if _numbers(version) < (12, 0):
+        raise _Missing(f"for CUDA up to {version}, APAR needs one for 12.0 or later: update NVIDIA's driver")
+    machine.cuda = _numbers(version)
+    return f"for CUDA up to {version}"
 
 
 def _gpu(machine: _Machine) -> str:
     from apar.plugins.cuda_driver import CudaDevice
 
-    if not machine.driver:
-        raise _Missing("not looked at, because there is no CUDA driver")
+    if not machine.cuda:
+        raise _Missing("not looked at, because there is no CUDA driver that APAR could use")
     device = CudaDevice()
-    machine.capability = device.compute_capability
-    major, minor = (int(part) for part in machine.capability.split("."))
+    machine.gpu, machine.capability = device.name, device.compute_capability
+    major = int(machine.capability.split(".")[0])
+    device.activate()
+    free = device.free_memory
+    device.close()
     text = f"{device.name}, compute capability {machine.capability}, {device.total_memory / 2**30:.0f} GiB"
-    if major != 8 and (major, minor) not in ((9, 0), (10, 0)):
-        raise _Missing(f"{text}: APAR has no kernels for it; it has those for 8.x, 9.0 and 10.0")
+    text += f", {free / 2**30:.1f} free"
+    if major < 8:
+        raise _Missing(f"{text}: too old for APAR's kernels, which need 8.0 or later")
     return text
 
 
 def _tensorrt(machine: _Machine) -> str:
-    from apar.export.tensorrt_api import load_tensorrt
+    from apar.export.tensorrt_api import load_tensorrt, major
 
     machine.trt = load_tensorrt()
-    return f"TensorRT {machine.trt.__version__}"
+    text = f"TensorRT {machine.trt.__version__}"
+    if machine.cuda and major(machine.trt) >= 11 and machine.cuda < (13, 0):
+        raise _Missing(f"{text} is for CUDA 13, the driver for less: update NVIDIA's driver, or install TensorRT 10")
+    return text
 
 
 def _plugins(machine: _Machine) -> str:
@@ -155,6 +167,8 @@ def _kernels(machine: _Machine) -> str:
     version = _version("triton")
     if version is None:
         raise _Missing("not installed; building TensorRT engines needs it: pip install triton")
+    if _numbers(version) < (3, 6):
+        raise _Missing(f"triton {version} is older than the 3.6 that the GPU kernels need: pip install -U triton")
     return f"triton {version}, compiles the GPU kernels when an engine is built"
 
 
@@ -186,18 +200,22 @@ def _engine(machine: _Machine) -> str | None:
         raise _Missing(f"{machine.engine}: {'; '.join(wrong)}")
     return (
         f"{machine.engine}: TensorRT {facts.version} on compute capability {facts.compute_capability}, "
-        f"{facts.max_rows} rows, {facts.max_tokens} tokens, blocks of {manifest.block_size}, all files are there"
+        f"{facts.max_rows} rows, {facts.max_tokens} tokens, blocks of {manifest.block_size}, "
+        f"{'Medusa heads, ' if manifest.draft_heads else ''}all files are there"
+        + (f"; it was built on {facts.device}, and may be slow on this GPU" if facts.device != machine.gpu else "")
     )
 
 
 def _mismatches(machine: _Machine, facts: TensorRtEngine) -> list[str]:
+    from apar.export.tensorrt_api import release
+
     wrong = []
     if machine.trt is None:
-        wrong.append(f"needs TensorRT {facts.version}: pip install tensorrt=={facts.version}")
-    elif str(machine.trt.__version__) != facts.version:
+        wrong.append(f"needs TensorRT {facts.version}: pip install 'tensorrt=={facts.version}.*'")
+    elif release(machine.trt) != facts.version:
         wrong.append(
-            f"was built with TensorRT {facts.version}, {machine.trt.__version__} is installed: build it again here, or "
-            f"pip install tensorrt=={facts.version}"
+            f"was built with TensorRT {facts.version}, {release(machine.trt)} is installed: build it again here, or "
+            f"pip install 'tensorrt=={facts.version}.*'"
         )
     if machine.capability != facts.compute_capability:
         here = f"the GPU here has {machine.capability}" if machine.capability else "there is no GPU here"

@@ -151,6 +151,9 @@ class CpuGraph:
                 self.pools.append(pool)
 
         self._logits = [value.name for value in model.graph.output if value.name.startswith("logits")]
+        self._hidden = any(value.name == "hidden" for value in model.graph.output)
+        self.hidden = np.zeros((0, 0), np.float32)
+        """What Medusa heads read of the last step, float32 [L, hidden], where the graph gives it."""
 
     def execute(self, inputs: StepInputs) -> np.ndarray:
         """Logits float32 [L, vocab]; [ranks, L, vocab] of several ranks."""
@@ -158,8 +161,13 @@ class CpuGraph:
             self.binding.bind_cpu_input(name, getattr(inputs, name))
         for name in self._logits:
             self.binding.bind_output(name)
+        if self._hidden:
+            self.binding.bind_output("hidden")
         self.session.run_with_iobinding(self.binding)
-        logits = np.array([value.numpy() for value in self.binding.get_outputs()[len(self.pools) :]])
+        found = [value.numpy() for value in self.binding.get_outputs()[len(self.pools) :]]
+        if self._hidden:
+            self.hidden = found.pop()
+        logits = np.array(found)
         return logits[0] if len(logits) == 1 else logits
 
 

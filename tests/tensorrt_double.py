@@ -191,12 +191,10 @@ class IBuilderConfig:
         return ITimingCache(serialized_timing_cache)
 
     def set_timing_cache(self, cache: ITimingCache, ignore_mismatch: bool) -> bool:
+        if cache._content and DOUBLE.cache_refused:
+            return False
         self._cache = cache
         return True
-
-    def get_timing_cache(self) -> ITimingCache:
-        assert self._cache is not None
-        return self._cache
 
 
 class Builder:
@@ -298,6 +296,7 @@ class IExecutionContext:
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
         self._calls: list[Any] = []
+        self._flushed: dict[str, tuple[int, ...]] = {}
 
     def set_device_memory(self, memory: int, size: int) -> None:
         assert memory
@@ -308,12 +307,14 @@ class IExecutionContext:
         return 0 <= profile_index < len(self._engine._profiles)
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        assert not self._calls, "a captured context must not be told other shapes"
         low, _, high = self._engine._profiles[self._profile][name]
         self._shapes[name] = tuple(shape)
         return len(shape) == len(low) and all(a <= s <= b for a, s, b in zip(low, shape, high, strict=True))
 
     def set_tensor_address(self, name: str, memory: int) -> bool:
         assert memory % 256 == 0
+        assert not self._calls, "a captured context must not be told other addresses"
         self._addresses[name] = memory
         return name in self._engine._tensors
 
@@ -324,32 +325,37 @@ class IExecutionContext:
             return False
         shapes, addresses = dict(self._shapes), dict(self._addresses)
         if DOUBLE.cuda.fake_cuda_capturing():
+            assert shapes == self._flushed, "TensorRT has not taken in the shapes before the capture"
             call = CALL(lambda _: self._execute(shapes, addresses))
             self._calls.append(call)
             DOUBLE.cuda.fake_cuda_capture(call, None)
         else:
             self._execute(shapes, addresses)
+            self._flushed = shapes
         return True
 
     def _execute(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
+        binding = self._session.io_binding()
+        inputs = {value.name: value for value in self._engine._model.graph.input}
         arrays = {
-            name: _array(addresses[name], shape, np.int32)
+            name: _array(addresses[name], shape, _NUMPY[inputs[name].type.tensor_type.elem_type])
             for name, shape in shapes.items()
             if not name.startswith("past_kv")
         }
-        binding = self._session.io_binding()
-        kept = self._contract(arrays)
+        kept = self._contract(arrays) if "slot_copies" in arrays else arrays
         for name, array in kept.items():
             binding.bind_cpu_input(name, array)
-        for name, shape in shapes.items():
-            if name.startswith("past_kv"):
-                present = name.replace("past", "present")
+        sizes = {"L": arrays["logits_rows"].size} if "logits_rows" in arrays else {"N": arrays["wanted"].size}
+        for value in self._engine._model.graph.output:
+            past = value.name.replace("present", "past")
+            dims = [sizes.get(dim.dim_param, dim.dim_value) for dim in value.type.tensor_type.shape.dim]
+            kind: type = np.float32
+            if past != value.name:
                 DOUBLE.layers_run += 1
-                assert addresses[name] == addresses[present]
-                binding.bind_input(name, "cpu", 0, np.float16, shape, addresses[name])
-                binding.bind_output(present, "cpu", 0, np.float16, shape, addresses[present])
-        logits = (arrays["logits_rows"].size, self._engine._tensors["logits"].type.tensor_type.shape.dim[1].dim_value)
-        binding.bind_output("logits", "cpu", 0, np.float32, logits, addresses["logits"])
+                assert addresses[past] == addresses[value.name]
+                dims, kind = list(shapes[past]), np.float16
+                binding.bind_input(past, "cpu", 0, kind, dims, addresses[past])
+            binding.bind_output(value.name, "cpu", 0, kind, dims, addresses[value.name])
         self._session.run_with_iobinding(binding)
 
     @staticmethod
@@ -366,6 +372,7 @@ class IExecutionContext:
 
 
 CALL = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_NUMPY = {onnx.TensorProto.INT32: np.int32, onnx.TensorProto.FLOAT: np.float32}
 
 
 def _array(address: int, shape: tuple[int, ...], kind: type) -> np.ndarray:
@@ -406,6 +413,7 @@ class Double:
         self.configs: list[IBuilderConfig] = []
         self.networks: list[INetworkDefinition] = []
         self.executions = self.layers_run = self.layers_copied = 0
+        self.cache_refused = False
 
 
 DOUBLE = Double()

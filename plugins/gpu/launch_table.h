@@ -98,7 +98,7 @@ enum { APAR_GPU_CHECKED = 1 };
 
 typedef struct AparGpuKernel {
   uint32_t kind;       /* AparGpuKind */
-  uint32_t sm;         /* 80: every device of compute capability 8.x; 90 and 100: exactly 9.0 and 10.0 */
+  uint32_t sm;         /* 80: every device of compute capability 8.x; others: exactly that one, 90 is 9.0 */
   uint32_t dtype;      /* AparGpuDtype; APAR_GPU_ANY where it does not matter, and so for the next three: 0 */
   uint32_t head_dim;
   uint32_t block_size;

@@ -8,7 +8,6 @@
 #include <map>
 #include <memory>
 #include <mutex>
-#include <utility>
 #include <vector>
 
 #include "fork_attention.h"
@@ -39,8 +38,9 @@ std::vector<std::unique_ptr<Table>>& tables() {
   static auto* list = new std::vector<std::unique_ptr<Table>>;
   return *list;
 }
-std::map<std::pair<int, const AparGpuKernel*>, void*>& functions() {
-  static auto* map = new std::map<std::pair<int, const AparGpuKernel*>, void*>;
+// CUkernels: they belong to no context, so they outlive contexts. CUfunctions do not, and are not kept here.
+std::map<const AparGpuKernel*, void*>& handles() {
+  static auto* map = new std::map<const AparGpuKernel*, void*>;
   return *map;
 }
 
@@ -161,23 +161,24 @@ std::string load_kernel(const Driver& driver, AparGpuKind kind, const Choice& ch
     return "no GPU kernel of kind " + std::to_string(kind) + " for dtype " + (choice.dtype == APAR_GPU_FLOAT16 ? "float16" : "bfloat16") +
            ", head_dim " + std::to_string(choice.head_dim) + ", block_size " + std::to_string(choice.block_size) +
            " in the tables; make one with python -m apar.plugins.gpu.pack that has it";
-  void*& function = functions()[{device, entry}];
-  if (function == nullptr) {
-    void *library = nullptr, *handle = nullptr, *found = nullptr;
+  void*& handle = handles()[entry];
+  if (handle == nullptr) {
+    void *library = nullptr, *found = nullptr;
     const void* cubin = table->bytes.data() + entry->cubin_offset;
     problem = driver.failure("cuLibraryLoadData",
                              driver.library_load_data(&library, cubin, nullptr, nullptr, 0, nullptr, nullptr, 0));
     if (problem.empty())
-      problem = driver.failure("cuLibraryGetKernel", driver.library_get_kernel(&handle, library, entry->symbol));
-    // Also loads the code now: with lazy loading the first launch would allocate and wait.
-    if (problem.empty()) problem = driver.failure("cuKernelGetFunction", driver.kernel_get_function(&found, handle));
-    if (problem.empty() && entry->shared_bytes > kFreeShared)
-      problem = driver.failure(
-          "cuFuncSetAttribute",
-          driver.func_set_attribute(found, kMaxSharedAttribute, static_cast<int>(entry->shared_bytes)));
-    if (!problem.empty()) return table->path + ": kernel " + entry->symbol + ": " + problem;
-    function = found;
+      problem = driver.failure("cuLibraryGetKernel", driver.library_get_kernel(&found, library, entry->symbol));
+    if (problem.empty()) handle = found;
   }
+  // Also loads the code into the context now: with lazy loading the first launch would allocate and wait.
+  void* function = nullptr;
+  if (problem.empty()) problem = driver.failure("cuKernelGetFunction", driver.kernel_get_function(&function, handle));
+  if (problem.empty() && entry->shared_bytes > kFreeShared)
+    problem = driver.failure(
+        "cuFuncSetAttribute",
+        driver.func_set_attribute(function, kMaxSharedAttribute, static_cast<int>(entry->shared_bytes)));
+  if (!problem.empty()) return table->path + ": kernel " + entry->symbol + ": " + problem;
   kernel->entry = entry;
   kernel->function = function;
   return {};

@@ -79,7 +79,7 @@ def check_format(options: argparse.Namespace, defaults: dict[str, Any]) -> None:
     """
     wrong = {
         "onnx": (*_TENSORRT, *_SHARDED),
-        "tensorrt": (*_ONNX, "draft_heads"),
+        "tensorrt": _ONNX,
         "trtllm": (*_TENSORRT, *_ONNX, *_ENGINE, "tokenizer"),
     }[options.format]
     for name in wrong:
@@ -98,7 +98,7 @@ def build_tensorrt(options: argparse.Namespace) -> int:
     if workspace is not None:
         settings["workspace_bytes"] = workspace << 20
     if not options.graph_only:
-        settings.setdefault("timing_cache", _timing_cache())
+        settings.setdefault("timing_cache", _timing_cache(options.device or 0))
     began = time.monotonic()
     with BuildProgress(sys.stderr, "", quiet=options.quiet) as progress:
         manifest = build(
@@ -109,6 +109,7 @@ def build_tensorrt(options: argparse.Namespace) -> int:
             fork_token=options.fork_token,
             child_token=options.child_token,
             max_context=options.max_context,
+            draft_heads=options.draft_heads,
             overwrite=options.overwrite,
             progress=progress,
         )
@@ -142,14 +143,15 @@ def build_trtllm(options: argparse.Namespace) -> int:
     return 0
 
 
-def _timing_cache() -> Path | None:
+def _timing_cache(device: int) -> Path | None:
     """One file for each TensorRT and kind of GPU; None where either is missing, which the build will say."""
-    from apar.export.tensorrt_api import load_tensorrt
+    from apar.export.tensorrt_api import load_tensorrt, release
     from apar.plugins.cuda_driver import CudaDevice
     from apar.runtime.engine_source import cache_directory
 
     try:
-        capability = CudaDevice().compute_capability
-        return cache_directory() / f"tensorrt-{load_tensorrt().__version__}-{capability}.timing"
+        gpu = CudaDevice(device)
+        kind = "".join(c if c.isalnum() else "-" for c in f"{gpu.name} {gpu.compute_capability}")
+        return cache_directory() / f"tensorrt-{release(load_tensorrt())}-{kind}.timing"
     except PluginError:
         return None

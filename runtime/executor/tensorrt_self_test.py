@@ -1,4 +1,4 @@
-"""A TensorRT engine's first steps: do keys and values land in the pools, and is nothing copied on the way?
+"""A TensorRT engine's first look and steps: is it the manifest's, do keys and values land in the pools, uncopied?
 
 TensorRT may put copies around a plugin, and is not told that a pool is written in place. So it is tried at load.
 """
@@ -13,9 +13,11 @@ import numpy.typing as npt
 
 from apar.export.errors import ExecutorError
 from apar.export.manifest import Manifest
+from apar.export.tensorrt_profiles import MIXED
 from apar.plugins.cuda_driver import CudaDevice
 from apar.plugins.tensorrt_library import TensorRtLibrary
-from apar.runtime.step import Float32Array, StepInputs
+from apar.runtime.executor.tensorrt_session import TensorRtSession
+from apar.runtime.step import INPUT_NAMES, Float32Array, StepInputs
 
 _ADVICE = "build the engine again with --kv-binding bound"
 
@@ -45,6 +47,24 @@ class PoolReader:
         for pool in self.pools:
             self.device.zero(pool, self.num_blocks * self.layer_block_bytes, self.stream)
         self.device.synchronize(self.stream)
+
+
+def check_tensors(session: TensorRtSession, manifest: Manifest) -> None:
+    """Raise ExecutorError unless the engine's inputs and outputs are those that the manifest speaks of."""
+    facts, name = manifest.tensorrt, session.path.name
+    assert facts is not None
+    expected = dict.fromkeys(INPUT_NAMES, "int32") | {"logits": "float32"}
+    if manifest.draft_heads:
+        expected["hidden"] = "float32"
+    for layer in range(manifest.decoder.num_layers if facts.kv_binding != "bound" else 0):
+        expected |= {f"past_kv_{layer}": manifest.kv_dtype, f"present_kv_{layer}": manifest.kv_dtype}
+    wrong = sorted({tensor for tensor, _ in session.tensors.items() ^ expected.items()})
+    if wrong:
+        raise ExecutorError(
+            f"{name} is not the engine that manifest.json describes ({wrong[0]} differs); build it again"
+        )
+    if session.num_profiles != 2 or session.largest("input_ids", MIXED) != (facts.max_tokens,):
+        raise ExecutorError(f"{name} was built for other step sizes than manifest.json says; build it again")
 
 
 def check_pools(

@@ -1,11 +1,13 @@
 """A step in the shape that a TensorRT engine takes it: nothing empty, and padded to few shapes where that pays.
 
-Pure arithmetic on arrays. Decoding steps are padded to buckets, so that their CUDA graphs are found again: padding
-tokens (slot -1) belong to one padding row, further padding rows and groups are empty, copies repeat the last one.
+Pure arithmetic on arrays. Decoding steps, with drafts or without, are padded to buckets, so that their CUDA graphs are
+found again: padding tokens (slot -1) belong to one padding row, further padding rows and groups are empty, copies
+repeat the last one, and block tables have the width of the longest path.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,32 +70,32 @@ def choose_shape(inputs: StepInputs, engine: TensorRtEngine) -> StepShape:
             raise ExecutorError(f"the step has {size} {name}, the engine was built for {most}")
     if (inputs.block_table[:, engine.table_width :] >= 0).any():
         raise ExecutorError(f"a path has more than {engine.table_width} blocks, the most that the engine was built for")
-    width = max(1, min(_power(inputs.block_table.shape[1]), engine.table_width))
-    groups = inputs.prefix_blocks.size
-    decoding = not masked and tokens <= most_tokens(engine, DECODE) and tokens <= 2 * rows
-    if not decoding:
+    groups, words = inputs.prefix_blocks.size, inputs.tree_mask.shape[1] if masked else 1
+    if tokens > most_tokens(engine, DECODE) or (tokens > 2 * rows and not masked):
         return StepShape(
-            MIXED,
-            tokens,
-            rows,
-            width,
-            copies,
-            max(groups, 1),
-            max(wanted, 1),
-            tokens if masked else 1,
-            inputs.tree_mask.shape[1] if masked else 1,
+            profile=MIXED,
+            tokens=tokens,
+            rows=rows,
+            width=max(1, min(inputs.block_table.shape[1], engine.table_width)),
+            copies=copies,
+            groups=max(groups, 1),
+            logits=max(wanted, 1),
+            mask_rows=tokens if masked else 1,
+            words=words,
         )
     bucket = min(_bucket(tokens), most_tokens(engine, DECODE))
     padding_row = bucket > tokens
     padded_rows = min(_bucket(rows + padding_row), engine.max_rows + 1)
     return StepShape(
-        DECODE,
-        bucket,
-        padded_rows,
-        width,
-        _power(copies) if copies else 0,
-        min(_bucket(max(groups, 1)), padded_rows),
-        max(wanted, min(_bucket(max(wanted, 1)), bucket)),
+        profile=DECODE,
+        tokens=bucket,
+        rows=padded_rows,
+        width=engine.table_width,
+        copies=min(_power(copies), engine.max_copies) if copies else 0,
+        groups=min(_bucket(max(groups, 1)), padded_rows),
+        logits=max(wanted, min(_bucket(max(wanted, 1)), bucket)),
+        mask_rows=bucket if masked else 1,
+        words=min(_power(words), mask_words(engine)),
     )
 
 
@@ -103,16 +105,23 @@ class Staging:
     def __init__(self, memory: npt.NDArray[np.uint8]) -> None:
         self._memory = memory
 
-    def fill(self, inputs: StepInputs, shape: StepShape) -> tuple[dict[str, int], int]:
-        """Write the padded step; returns each tensor's offset and the bytes used in all."""
+    @staticmethod
+    def offsets(shape: StepShape) -> tuple[dict[str, int], int]:
+        """Where each tensor of a step of this shape begins, in bytes, and the bytes used in all."""
         offsets: dict[str, int] = {}
-        views: dict[str, Int32Array] = {}
         end = 0
         for name, size in shape.shapes().items():
-            count = int(np.prod(size))
             offsets[name] = end
-            views[name] = self._memory[end : end + 4 * count].view(np.int32).reshape(size)
-            end += -(-4 * count // ALIGNMENT) * ALIGNMENT
+            end += -(-4 * math.prod(size) // ALIGNMENT) * ALIGNMENT
+        return offsets, end
+
+    def fill(self, inputs: StepInputs, shape: StepShape) -> tuple[dict[str, int], int]:
+        """Write the padded step; returns `offsets(shape)`."""
+        offsets, end = self.offsets(shape)
+        views: dict[str, Int32Array] = {}
+        for name, size in shape.shapes().items():
+            begin = offsets[name]
+            views[name] = self._memory[begin : begin + 4 * math.prod(size)].view(np.int32).reshape(size)
         _fill(views, inputs, shape)
         return offsets, end
 
@@ -140,7 +149,8 @@ def _fill(views: dict[str, Int32Array], inputs: StepInputs, shape: StepShape) ->
     views["prefix_blocks"][:groups] = inputs.prefix_blocks
     views["prefix_blocks"][groups:] = 0
     if inputs.tree_mask.shape[1] and tokens:
-        views["tree_mask"][:] = inputs.tree_mask
+        views["tree_mask"].fill(0)
+        views["tree_mask"][:tokens, : inputs.tree_mask.shape[1]] = inputs.tree_mask
     else:
         views["tree_mask"].fill(1)  # one token sees itself
     wanted = inputs.logits_rows.size
@@ -152,7 +162,7 @@ def staging_bytes(engine: TensorRtEngine) -> int:
     """Memory that the largest step needs."""
     rows, tokens = engine.max_rows + 1, engine.max_tokens
     elements = 4 * tokens + rows * engine.table_width + 5 * (rows + 2) + tokens * mask_words(engine)
-    elements += 2 * (2 * engine.max_copies + NO_COPIES)  # copies are padded to powers of two
+    elements += 2 * (engine.max_copies + NO_COPIES)
     return 4 * elements + ALIGNMENT * len(INPUT_NAMES)
 
 

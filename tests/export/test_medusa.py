@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import VOCAB, make_checkpoint, make_heads
+from medusa_reference import expect, one_row
 from portable_graph import random_tokens
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn import functional
-from transformers import LlamaForCausalLM
 
 from apar.export.checkpoint import Checkpoint
 from apar.export.engine_weights import read_weights
@@ -22,47 +21,9 @@ from apar.export.errors import CheckpointError, EngineError, ExecutorError
 from apar.export.manifest import DraftHeads, Manifest
 from apar.export.onnx_engine import build
 from apar.runtime.executor import load_executor
-from apar.runtime.step import StepInputs
 
 EXACT = 1e-4
 EXECUTORS = (("onnx", {"graph": "native"}), ("onnx", {"graph": "portable"}), ("torch", {}))
-
-
-def one_row(tokens: list[int], wanted: list[int], block_size: int = 16) -> StepInputs:
-    """A prefill of one row in blocks 0, 1, ..."""
-    count = len(tokens)
-    return StepInputs(
-        input_ids=np.array(tokens, np.int32),
-        position_ids=np.arange(count, dtype=np.int32),
-        query_start=np.array([0, count], np.int32),
-        kv_len=np.array([count], np.int32),
-        block_table=np.arange(-(-count // block_size), dtype=np.int32)[None],
-        slot_mapping=np.arange(count, dtype=np.int32),
-        slot_copies=np.zeros((0, 2), np.int32),
-        prefix_rows=np.array([0, 1], np.int32),
-        prefix_blocks=np.zeros(1, np.int32),
-        tree_mask=np.zeros((count, 0), np.int32),
-        logits_rows=np.array(wanted, np.int32),
-    )
-
-
-def expect(model: LlamaForCausalLM, heads: dict[str, Tensor], tokens: list[int]) -> Tensor:
-    """[T, heads, vocab] by the definition of the heads."""
-    with torch.inference_mode():
-        hidden = model.model(torch.tensor([tokens])).last_hidden_state[0]
-        count = 1 + max(int(name.split(".")[0]) for name in heads)
-        result = []
-        for head in range(count):
-            state, block = hidden, 0
-            while f"{head}.{block}.linear.weight" in heads:
-                name = f"{head}.{block}.linear"
-                state = state + functional.silu(
-                    functional.linear(state, heads[f"{name}.weight"], heads[f"{name}.bias"])
-                )
-                block += 1
-            last = heads.get(f"{head}.{block}.weight")
-            result.append(functional.linear(state, model.lm_head.weight if last is None else last))
-        return torch.stack(result, 1)
 
 
 @pytest.mark.parametrize(("variant", "tied"), [("gqa", False), ("gqa", True), ("tied", False), ("tied", True)])
@@ -135,7 +96,6 @@ def test_every_naming_and_place_reads_alike(tmp_path: Path) -> None:
     for name, apart in places.items():
         checkpoint = Checkpoint.open(tmp_path / name, apart)
         assert checkpoint.heads is not None and checkpoint.heads.shape == DraftHeads(3, 2), name
-        assert checkpoint.heads_inside == (name in {"tensorrt_llm", "prefixed"})
         for key, tensor in heads.items():
             head, rest = key.split(".", 1)
             ours = "lm_head.weight" if rest == "2.weight" else f"blocks.{rest.replace('linear.', '')}"

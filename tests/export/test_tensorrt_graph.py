@@ -6,18 +6,21 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
-from checkpoints import VARIANTS, make_checkpoint
-from cpu_graph import CpuGraph
+from checkpoints import VARIANTS, make_checkpoint, make_heads
+from cpu_graph import CpuGraph, for_cpu
+from medusa_reference import expect, one_row
 from onnx import TensorProto
+from portable_graph import random_tokens
 from step_builder import random_steps
 
 from apar.export.attention import ELEMENT_KINDS
 from apar.export.checkpoint import Checkpoint
 from apar.export.errors import BuildError
 from apar.export.sharding import Shard, shard_checkpoint
-from apar.export.tensorrt_graph import write_graph
+from apar.export.tensorrt_graph import heads_name, write_graph
 from apar.export.typed_graph import KV_BINDINGS
 from apar.runtime.step import INPUT_NAMES
 
@@ -142,11 +145,61 @@ def test_what_tensorrt_asks_of_a_graph(dtype: str, kv_binding: str, tmp_path: Pa
     check_types(model, kind)
 
 
+@pytest.mark.parametrize(("dtype", "wide"), [("float16", True), ("bfloat16", False), ("float32", False)])
+def test_float16_products_are_summed_in_float32(dtype: str, wide: bool, tmp_path: Path) -> None:
+    """The pattern that TensorRT fuses: both float16 operands cast to float32, and the product cast back."""
+    path, _ = graph(tmp_path, "attention_bias", dtype)
+    model = onnx.load(path, load_external_data=False)
+    made = {output: node for node in model.graph.node for output in node.output}
+    products = [node for node in model.graph.node if node.op_type == "Gemm"]
+    assert len(products) == 2 * 4 + 1
+    for node in products:
+        assert len(node.input) == 2  # a bias is added to the rounded product
+        assert (node.input[1] in made) == wide  # otherwise the stored matrix itself
+        if wide:
+            assert [made[value].op_type for value in node.input] == ["Cast", "Cast"]
+            [user] = [user for user in model.graph.node if node.output[0] in user.input]
+            assert (user.op_type, user.attribute[0].i) == ("Cast", TensorProto.FLOAT16)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-4), ("float16", 2e-2), ("bfloat16", 0.15)])
+@pytest.mark.parametrize("tied", [False, True])
+def test_medusa_heads_read_the_decoders_hidden_states(tied: bool, dtype: str, bound: float, tmp_path: Path) -> None:
+    """Both graphs executed by ONNX Runtime one after the other, as the executor runs them on the device."""
+    reference = make_checkpoint(tmp_path / "checkpoint", "gqa", dtype=getattr(torch, dtype))
+    tensors = make_heads(tmp_path / "checkpoint" / "medusa", tied=tied)
+    checkpoint = Checkpoint.open(tmp_path / "checkpoint")
+    assert checkpoint.heads is not None
+    (tmp_path / "graph").mkdir()
+    path = write_graph(
+        checkpoint,
+        tmp_path / "graph",
+        dtype=dtype,
+        block_size=SIZE,
+        kv_binding="in-place",
+        heads=checkpoint.heads.shape,
+    )
+    model = onnx.load(path.with_name(heads_name(0)), load_external_data=False)
+    assert model.opset_import[0].version == 19
+    check_types(model, ELEMENT_KINDS[dtype])
+    decoder = CpuGraph(path, BLOCKS)
+    heads = onnxruntime.InferenceSession(
+        for_cpu(path.with_name(heads_name(0))).SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    tokens, wanted = random_tokens(20), [1, 2, 1]
+    step = one_row(tokens, [3, 19, 7], SIZE)
+    decoder.execute(step)
+    [found] = heads.run(["draft_logits"], {"hidden": decoder.hidden, "wanted": np.array(wanted, np.int32)})
+    definition = expect(reference.float(), tensors, tokens).numpy()[[19, 7, 19]]
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, definition, rtol=0, atol=bound)
+
+
 def check_types(model: onnx.ModelProto, kind: int) -> None:
     """Every operator has one element type: a strongly typed network converts nothing by itself."""
     kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     kinds |= {value.name: value.type.tensor_type.elem_type for value in model.graph.input}
-    index_operands = {"Gather": (1,), "Split": (1,), "ReduceMean": (1,)}
+    index_operands = {"Gather": (1,), "Split": (1,), "ReduceMean": (1,), "Unsqueeze": (1,)}
     for node in model.graph.node:
         if node.op_type == "Cast":
             kinds[node.output[0]] = next(a.i for a in node.attribute if a.name == "to")

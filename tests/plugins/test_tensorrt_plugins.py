@@ -229,7 +229,9 @@ sys.modules["tensorrt"] = trt
 
 from apar.export import tensorrt_api
 from apar.export.tensorrt_compile import BuildLog, compile_graph, _monitor
+from apar.export.tensorrt_profiles import ranges
 from apar.export.manifest import TensorRtEngine
+from apar.runtime.executor.tensorrt_session import ErrorLog
 
 assert tensorrt_api.load_tensorrt() is trt
 if os.environ.get("APAR_TENSORRT_LIBRARY"):
@@ -268,16 +270,22 @@ log = BuildLog(trt, sys.stderr)
 log.logger.log(trt.ILogger.Severity.ERROR, "of the logger")
 assert log.errors == ["of the logger"]
 seen = []
-monitor = _monitor(trt, lambda *event: seen.append(event))
+monitor = _monitor(trt, log, lambda *event: seen.append(event))
 monitor.phase_start("a", None, 2)
 assert monitor.step_complete("a", 0) is True
 monitor.phase_finish("a")
 assert seen[-1] == ("engine", 1000, 1000)
 
+errors = ErrorLog(trt)
+errors.logger.log(trt.ILogger.Severity.WARNING, "not an error")
+errors.logger.log(trt.ILogger.Severity.ERROR, "an error")
+assert str(errors) == " (an error)"
+assert tensorrt_api.release(trt).count(".") == 3
+
 # Up to the first call that needs the real library, which a stub's builder cannot be.
-facts = TensorRtEngine(trt.__version__, "9.0", "none", 4, 16, 8, 4, 32, 0.9)
+facts = TensorRtEngine(tensorrt_api.release(trt), "9.0", "none", 4, 16, 8, 4, 32, 0.9)
 try:
-    compile_graph(trt, Path(sys.argv[2]), Path("/nowhere"), facts, log=log)
+    compile_graph(trt, Path(sys.argv[2]), Path("/nowhere"), [ranges(facts, 0)], log=log)
 except TypeError as error:
     assert "Factory function returned nullptr" in str(error) or "pybind11" in str(error), error
     print("stopped at", error)

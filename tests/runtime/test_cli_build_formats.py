@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from checkpoints import make_checkpoint
+from checkpoints import make_checkpoint, make_heads
 from safetensors.torch import load_file, save_file
 
 from apar.export.manifest import Manifest
@@ -40,20 +40,27 @@ def test_graphs_for_tensorrt(checkpoint: Path, tmp_path: Path, capsys: pytest.Ca
     assert "ONNX graphs for TensorRT" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("place", ["folder", "tensors"])
-def test_heads_that_tensorrt_leaves_out_are_named(
-    place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize("place", ["folder", "tensors", "option"])
+def test_graphs_of_medusa_heads(place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_checkpoint(tmp_path / "checkpoint", "gqa", hidden_size=256)
-    if place == "folder":
-        (tmp_path / "checkpoint" / "medusa").mkdir()
-    else:
+    options = ["--format", "tensorrt", "--graph-only", "--dtype", "float16"]
+    if place == "tensors":
         weights = load_file(tmp_path / "checkpoint" / "model.safetensors")
         weights["medusa_heads.0.lm_head.weight"] = weights["lm_head.weight"].clone()
         save_file(weights, tmp_path / "checkpoint" / "model.safetensors")
-    options = ["--format", "tensorrt", "--graph-only", "--dtype", "float16"]
+    else:
+        folder = tmp_path / "checkpoint" / ("medusa" if place == "folder" else "of_another_name")
+        make_heads(folder, hidden=256)
+        options += ["--draft-heads", str(folder)] if place == "option" else []
     assert cli.main(["build", str(tmp_path / "checkpoint"), "-o", str(tmp_path / "graphs"), *options]) == 0
-    assert "no Medusa heads yet" in capsys.readouterr().err
+    names = {path.name for path in (tmp_path / "graphs").iterdir()}
+    assert names == {"rank0.onnx", "rank0.onnx.data", "rank0_medusa.onnx"}
+    capsys.readouterr()
+    ranks = [*options, "--tp-size", "2"]
+    status = cli.main(["build", str(tmp_path / "checkpoint"), "-o", str(tmp_path / "ranks"), *ranks])
+    assert status == (1 if place == "option" else 0)
+    said = "Medusa heads are built for one rank only" if place == "option" else "several ranks have no Medusa heads"
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -64,7 +71,6 @@ def test_heads_that_tensorrt_leaves_out_are_named(
         (["--graph-only"], "--graph-only", "onnx"),
         (["--format", "tensorrt", "--quantize", "int8"], "--quantize", "tensorrt"),
         (["--format", "tensorrt", "--kv-dtype", "float16"], "--kv-dtype", "tensorrt"),
-        (["--format", "tensorrt", "--draft-heads", "none"], "--draft-heads", "tensorrt"),
         (["--format", "trtllm", "--max-context", "9"], "--max-context", "trtllm"),
         (["--format", "trtllm", "--zero-points"], "--zero-points", "trtllm"),
         (["--format", "trtllm", "--overwrite"], "--overwrite", "trtllm"),

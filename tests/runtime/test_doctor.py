@@ -85,7 +85,7 @@ def test_a_machine_that_has_everything(
         assert findings[name].ok, findings[name]
         assert findings[name].needed
     assert findings["CUDA driver"].text == "for CUDA up to 13.0"
-    assert "Fake GPU, compute capability 9.0, 1 GiB" in findings["GPU"].text
+    assert "Fake GPU, compute capability 9.0, 1 GiB, 0.2 free" in findings["GPU"].text
     assert "ForkAttention, ForkPlan, AllReduce, AllGather" in findings["plugin creators"].text
     assert "8 rows, 64 tokens" in findings["engine"].text
     assert cli.main(["doctor", str(engine), "--json"]) == 0
@@ -113,7 +113,7 @@ def test_inspect_says_whether_a_compiled_engine_runs_here(
         ("80", "10.14.1.48", "engine", "was built for compute capability 9.0 (Fake GPU), the GPU here has 8.0"),
         ("90", "10.16.0.72", "engine", "was built with TensorRT 10.14.1.48, 10.16.0.72 is installed"),
         ("90", "11.1.0.106", "plugin library", "it is for TensorRT 10, but TensorRT 11 is running"),
-        ("120", "10.14.1.48", "GPU", "APAR has no kernels for it"),
+        ("75", "10.14.1.48", "GPU", "too old for APAR's kernels, which need 8.0 or later"),
         ("90", "9.3.0", "TensorRT", "APAR works with 10.10 to 11.x"),
     ],
 )
@@ -132,6 +132,38 @@ def test_what_does_not_fit_is_said(
     assert not findings[name].ok
     assert message in findings[name].text
     assert not healthy(list(findings.values()))
+
+
+@pytest.mark.parametrize(
+    ("driver", "version", "name", "message"),
+    [
+        ("11080", "10.14.1.48", "CUDA driver", "for CUDA up to 11.8, APAR needs one for 12.0 or later"),
+        ("12090", "11.1.0.106", "TensorRT", "is for CUDA 13, the driver for less"),
+    ],
+)
+def test_old_drivers_are_named(
+    driver: str,
+    version: str,
+    name: str,
+    message: str,
+    gpu_box: tensorrt_double.Double,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("FAKE_CUDA_DRIVER", driver)
+    monkeypatch.setattr(tensorrt_double, "__version__", version)
+    finding = by_name(examine(needs=("tensorrt",)))[name]
+    assert not finding.ok
+    assert message in finding.text
+
+
+def test_another_model_of_gpu_is_mentioned(engine: Path, gpu_box: tensorrt_double.Double) -> None:
+    path = engine / "manifest.json"
+    data = json.loads(path.read_text())
+    data["tensorrt"]["device"] = "Another GPU"
+    path.write_text(json.dumps(data))
+    finding = by_name(examine(engine))["engine"]
+    assert finding.ok
+    assert "built on Another GPU, and may be slow on this GPU" in finding.text
 
 
 def test_an_engine_for_cpus_needs_no_gpu(tiny_engine: Path, tmp_path: Path) -> None:

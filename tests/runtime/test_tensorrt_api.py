@@ -8,6 +8,7 @@ the sources are searched for names of the module itself.
 from __future__ import annotations
 
 import inspect
+import io
 import json
 import re
 from pathlib import Path
@@ -76,10 +77,10 @@ def test_names_in_the_sources_exist(version: str) -> None:
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_methods_that_tensorrt_calls_have_its_signature(version: str) -> None:
-    from apar.export.tensorrt_compile import _monitor
+    from apar.export.tensorrt_compile import BuildLog, _monitor
 
     known = SNAPSHOT[version]["classes"]
-    monitor = type(_monitor(tensorrt_double, None))
+    monitor = type(_monitor(tensorrt_double, BuildLog(tensorrt_double, io.StringIO()), None))
     for name in ("phase_start", "step_complete", "phase_finish"):
         assert list(inspect.signature(getattr(monitor, name)).parameters)[1:] == parameters(
             known["IProgressMonitor"][name][0]

@@ -6,26 +6,37 @@ padding, addresses, captured graphs, checks. Not proven: TensorRT, the plugin an
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tensorrt_double
 import torch
-from checkpoints import make_checkpoint
+from checkpoints import VOCAB, make_checkpoint, make_heads
+from medusa_reference import expect, one_row
+from portable_graph import random_tokens
 from step_builder import Books, Row, random_steps
+from torch import Tensor
+from transformers import LlamaForCausalLM
 
 from apar.export.errors import BuildError, EngineError, ExecutorError
-from apar.export.manifest import Manifest, TensorRtEngine
+from apar.export.manifest import DraftHeads, Manifest, TensorRtEngine
+from apar.export.tensorrt_api import release
+from apar.export.tensorrt_compile import BuildLog
 from apar.export.tensorrt_engine import TensorRtOptions, build
 from apar.export.tensorrt_profiles import DECODE, MIXED, ranges, shapes
-from apar.runtime.executor import load_executor
+from apar.plugins.cuda_driver import CudaDevice
+from apar.runtime.executor import load_executor, tensorrt_graphs
 from apar.runtime.executor.tensorrt_step import Staging, choose_shape, staging_bytes
 from apar.runtime.llm import LLM
 from apar.runtime.sampling_params import SamplingParams
+from apar.runtime.speculative.options import DraftOptions
+from apar.runtime.step import StepInputs
 
 BLOCKS, SIZE, WORDS = 80, 8, 260
 OPTIONS = TensorRtOptions(block_size=SIZE, max_rows=24, max_tokens=160)
@@ -125,6 +136,54 @@ def test_tensorrts_reasons_are_told(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_timing_cache_that_tensorrt_does_not_take_is_replaced(
+    checkpoint: tuple[Path, torch.nn.Module], double: tensorrt_double.Double, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    cache.write_bytes(b"of another GPU, ")
+    double.cache_refused = True
+    build(checkpoint[0], tmp_path / "engine", replace(OPTIONS, timing_cache=cache))
+    assert cache.read_bytes() == b"measured"
+    assert "is damaged or of another GPU" in (tmp_path / "engine" / "build.log").read_text()
+    double.cache_refused = False
+    # What cannot be saved does not cost the engine.
+    (tmp_path / "file").write_bytes(b"")
+    build(checkpoint[0], tmp_path / "second", replace(OPTIONS, timing_cache=tmp_path / "file" / "cache"))
+    assert "cannot be written" in (tmp_path / "second" / "build.log").read_text()
+
+
+def test_messages_that_come_late_or_with_ctrl_c_do_no_harm(tmp_path: Path) -> None:
+    class Interrupting(io.StringIO):
+        def write(self, text: str) -> int:
+            raise KeyboardInterrupt
+
+    log = BuildLog(tensorrt_double, Interrupting())
+    log.logger.log(tensorrt_double.Severity.INFO, "x")
+    assert log.interrupted
+    with (tmp_path / "log").open("w") as file:
+        log = BuildLog(tensorrt_double, file)
+    log.logger.log(tensorrt_double.Severity.ERROR, "of an object's end")
+    assert log.summary() == "of an object's end"
+    assert not log.interrupted
+
+
+def test_a_wheels_suffix_is_no_other_version(
+    engine: Path, double: tensorrt_double.Double, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorrt_double, "__version__", "10.14.1.48.post1")
+    load_executor(engine, "tensorrt", num_blocks=BLOCKS).close()
+    assert release(SimpleNamespace(__version__="11.1.0.106")) == "11.1.0.106"
+    assert release(SimpleNamespace(__version__="12.0")) == "12.0"
+
+
+def test_another_gpu_of_the_same_kind_is_said(
+    engine: Path, double: tensorrt_double.Double, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(CudaDevice, "name", property(lambda device: "Another GPU", lambda device, name: None), False)
+    load_executor(engine, "tensorrt", num_blocks=BLOCKS).close()
+    assert "was built on Fake GPU and runs on Another GPU" in caplog.text
+
+
 def test_ctrl_c_ends_a_build(
     checkpoint: tuple[Path, torch.nn.Module], double: tensorrt_double.Double, tmp_path: Path
 ) -> None:
@@ -216,11 +275,49 @@ def test_shapes_that_come_again_are_replayed(
         step = books.step([Row(branch, 1) for branch in branches], wanted="last")
         logits = executor.execute(step.inputs)
         np.testing.assert_allclose(logits, expected(checkpoint[1], step.paths), rtol=0, atol=FLOAT16)
-    # A shape runs, runs again and is recorded, and is replayed from then on; a wider table is a shape of its own.
-    graphs = double.cuda.fake_cuda_graphs_launched() - replayed
-    assert graphs >= 4
-    assert graphs + 2 <= 14 < double.executions - before + graphs <= 14 + 3
+    # A shape runs, runs again and is recorded, and is replayed from then on, also when paths have grown by a block.
+    assert double.cuda.fake_cuda_graphs_launched() - replayed == 12
+    assert double.executions - before == 3
     executor.close()
+
+
+def test_drafted_steps_are_replayed_too(
+    engine: Path, checkpoint: tuple[Path, torch.nn.Module], double: tensorrt_double.Double
+) -> None:
+    executor = load_executor(engine, "tensorrt", num_blocks=BLOCKS)
+    assert executor.memory_bound_tokens == 160
+    books = Books(BLOCKS, SIZE)
+    branches = [books.add(range(3 + i, 15 + i)) for i in range(3)]
+    executor.execute(books.step([Row(branch, 12) for branch in branches]).inputs)
+    replayed = double.cuda.fake_cuda_graphs_launched()
+    for number in range(6):
+        for branch in branches:
+            branch.tokens.append(20 + number)
+        step = books.step([Row(branch, 1, drafts=(5 + number, 6, 7), parents=(-1, 0, 0)) for branch in branches])
+        assert step.inputs.tree_mask.shape[1]
+        logits = executor.execute(step.inputs)
+        np.testing.assert_allclose(logits, expected(checkpoint[1], step.paths), rtol=0, atol=FLOAT16)
+    assert double.cuda.fake_cuda_graphs_launched() - replayed == 4
+    executor.close()
+    assert double.cuda.fake_cuda_allocations() == 0
+
+
+def test_the_least_recent_graph_makes_room(engine: Path, double: tensorrt_double.Double) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tensorrt_graphs, "MAX_GRAPHS", 2)
+        executor = load_executor(engine, "tensorrt", num_blocks=BLOCKS)
+        books = Books(BLOCKS, SIZE)
+        branches = [books.add([5, 6, 7]) for _ in range(4)]
+        executor.execute(books.step([Row(branch, 3) for branch in branches]).inputs)
+        for count in (1, 2, 4, 1):
+            before = double.cuda.fake_cuda_graphs_launched()
+            for _ in range(3):
+                for branch in branches[:count]:
+                    branch.tokens.append(9)
+                executor.execute(books.step([Row(branch, 1) for branch in branches[:count]]).inputs)
+            # One row's graph had made room for four rows', and is learnt anew.
+            assert double.cuda.fake_cuda_graphs_launched() - before == 1
+        executor.close()
 
 
 def test_an_engine_that_cannot_be_captured_runs_without_graphs(
@@ -281,6 +378,91 @@ def test_a_failed_step_does_not_end_the_executor(
     executor.close()
     with pytest.raises(ExecutorError, match="closed"):
         executor.execute(step.inputs)
+
+
+# ------------------------------------------------------------------ Medusa heads
+
+
+@pytest.fixture(scope="module")
+def drafting(cuda: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LlamaForCausalLM, dict[str, Tensor]]:
+    folder = tmp_path_factory.mktemp("drafting")
+    model = make_checkpoint(folder / "checkpoint", "gqa", hidden_size=256, dtype=torch.float16)
+    heads = make_heads(folder / "checkpoint" / "medusa", hidden=256)
+    with pytest.MonkeyPatch.context() as patch:
+        for _ in tensorrt_double.installed(cuda, patch):
+            build(folder / "checkpoint", folder / "engine", OPTIONS)
+    return folder / "engine", model, heads
+
+
+def test_heads_are_an_engine_of_their_own(
+    drafting: tuple[Path, LlamaForCausalLM, dict[str, Tensor]], double: tensorrt_double.Double
+) -> None:
+    engine, model, heads = drafting
+    manifest = Manifest.load(engine)
+    assert manifest.draft_heads == DraftHeads(3, 2)
+    assert "rank0_medusa.engine" in manifest.files
+    executor = load_executor(engine, "tensorrt", num_blocks=BLOCKS)
+    with pytest.raises(ExecutorError, match="not loaded"):
+        executor.draft_logits(np.zeros(1, np.int64))
+    held = double.cuda.fake_cuda_allocations()
+    executor.load_draft_heads()
+    executor.load_draft_heads()
+    tokens = random_tokens(20)
+    definition = expect(model, heads, tokens).numpy()
+    # A prompt, then decoding steps: run, recorded and replayed; the heads read what each of them left.
+    executor.execute(one_row(tokens[:14], [3, 13, 7], SIZE))
+    found = executor.draft_logits(np.array([1, 2, 1]))
+    np.testing.assert_allclose(found, definition[[13, 7, 13]], rtol=0, atol=FLOAT16)
+    for place in range(14, 20):
+        executor.execute(continued(tokens, place))
+        found = executor.draft_logits(np.zeros(1, np.int64))
+        np.testing.assert_allclose(found, definition[[place]], rtol=0, atol=FLOAT16)
+    assert double.cuda.fake_cuda_graphs_launched() > 0
+    assert executor.draft_logits(np.zeros(0, np.int64)).shape == (0, 3, VOCAB)
+    with pytest.raises(ExecutorError, match="draft logits of 25 tokens are wanted, the engine was built for 24"):
+        executor.draft_logits(np.zeros(25, np.int64))
+    assert double.cuda.fake_cuda_allocations() > held
+    executor.close()
+    assert double.cuda.fake_cuda_allocations() == 0
+
+
+def continued(tokens: list[int], place: int) -> StepInputs:
+    """The token at `place` alone; those before it are in the pool."""
+    step = one_row(tokens[: place + 1], [0], SIZE)
+    first = {name: getattr(step, name)[place:] for name in ("input_ids", "position_ids", "slot_mapping", "tree_mask")}
+    return replace(step, query_start=np.array([0, 1], np.int32), **first)
+
+
+def test_drafts_of_the_heads_keep_the_answer(
+    drafting: tuple[Path, LlamaForCausalLM, dict[str, Tensor]], double: tensorrt_double.Double
+) -> None:
+    settings = SamplingParams(max_tokens=24, temperature=0.0, seed=1)
+    with LLM(drafting[0], num_blocks=BLOCKS) as llm:
+        [plain] = llm.generate("Hi", settings)
+    with LLM(drafting[0], num_blocks=BLOCKS, draft=DraftOptions("medusa")) as llm:
+        [drafted] = llm.generate("Hi", settings)
+    assert drafted.text == plain.text
+
+
+def test_engines_without_heads_say_so(
+    engine: Path,
+    drafting: tuple[Path, LlamaForCausalLM, dict[str, Tensor]],
+    double: tensorrt_double.Double,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    executor = load_executor(engine, "tensorrt", num_blocks=BLOCKS)
+    with pytest.raises(ExecutorError, match="has no Medusa heads"):
+        executor.load_draft_heads()
+    executor.close()
+    checkpoint = drafting[0].parent / "checkpoint"
+    manifest = build(checkpoint, tmp_path / "none", OPTIONS, draft_heads="none")
+    assert manifest is not None
+    assert manifest.draft_heads is None
+    assert build(checkpoint, tmp_path / "ranks", replace(OPTIONS, graph_only=True, tp_size=2)) is None
+    assert "engines of several ranks have no Medusa heads" in caplog.text
+    with pytest.raises(BuildError, match="Medusa heads are built for one rank only"):
+        build(checkpoint, tmp_path / "x", replace(OPTIONS, tp_size=2), draft_heads=checkpoint / "medusa")
 
 
 # ------------------------------------------------------------------ loading

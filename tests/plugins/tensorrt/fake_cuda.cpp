@@ -17,6 +17,10 @@ struct Kernel {
   Library* library;
   std::string name;
 };
+struct Function {
+  Kernel* kernel;
+  int context;
+};
 struct Launch {
   std::string name;
   unsigned grid[3], block, shared;
@@ -29,6 +33,7 @@ struct Graph {
 };
 
 std::vector<Launch> launches;
+int context = 0;  // counts those that were destroyed
 int64_t allocations = 0, synchronisations = 0, copies = 0, loads = 0;
 Graph* captured = nullptr;
 int graphs_launched = 0;
@@ -38,7 +43,11 @@ int graphs_launched = 0;
 extern "C" {
 
 int cuInit(unsigned) { return 0; }
-int cuDriverGetVersion(int* version) { *version = 13000; return 0; }
+int cuDriverGetVersion(int* version) {
+  const char* wanted = std::getenv("FAKE_CUDA_DRIVER");
+  *version = wanted != nullptr ? std::atoi(wanted) : 13000;
+  return 0;
+}
 int cuDeviceGetCount(int* count) { *count = 1; return 0; }
 int cuDeviceGet(int* device, int) { *device = 0; return 0; }
 int cuDeviceGetName(char* name, int size, int) { std::strncpy(name, "Fake GPU", static_cast<size_t>(size)); return 0; }
@@ -97,12 +106,13 @@ int cuLibraryLoadData(void** library, const void* code, void*, void**, unsigned,
   return 0;
 }
 int cuLibraryGetKernel(void** kernel, void* library, const char* name) { *kernel = new Kernel{static_cast<Library*>(library), name}; return 0; }
-int cuKernelGetFunction(void** function, void* kernel) { *function = kernel; return 0; }
+int cuKernelGetFunction(void** function, void* kernel) { *function = new Function{static_cast<Kernel*>(kernel), context}; return 0; }
 int cuFuncSetAttribute(void*, int, int) { return 0; }
 int cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned z, unsigned block, unsigned, unsigned, unsigned shared,
                    void* stream, void** arguments, void**) {
   if (x == 0 || y == 0 || z == 0) return 1;
-  const Kernel* kernel = static_cast<Kernel*>(function);
+  if (static_cast<Function*>(function)->context != context) return 400;
+  const Kernel* kernel = static_cast<Function*>(function)->kernel;
   Launch launch = {kernel->name, {x, y, z}, block, shared, stream, {}};
   for (size_t i = 0; i < kernel->library->sizes.size(); ++i) {
     uint64_t value = 0;
@@ -119,6 +129,7 @@ int fake_cuda_graphs_launched(void) { return graphs_launched; }
 int64_t fake_cuda_allocations(void) { return allocations; }
 int64_t fake_cuda_synchronisations(void) { return synchronisations; }
 int64_t fake_cuda_copies(void) { return copies; }
+int64_t fake_cuda_destroy_context(void) { return ++context; }
 int64_t fake_cuda_loads(void) { return loads; }
 int fake_cuda_launches(void) { return static_cast<int>(launches.size()); }
 void fake_cuda_forget(void) { launches.clear(); }

@@ -475,6 +475,17 @@ void enqueueing(void* plugins, const Recorder& cuda, const std::string& folder) 
   EXPECT(cuda.number("fake_cuda_allocations") == allocations && cuda.number("fake_cuda_synchronisations") == waits);
   EXPECT(cuda.number("fake_cuda_loads") == loads);
 
+  // Functions end with their context; the next execution context finds its own in the new one, nothing is loaded twice.
+  tensors = step(a, Shapes());
+  cuda.number("fake_cuda_destroy_context");
+  EXPECT(run_of(ready)->enqueue(tensors.data(), tensors.data() + 13, in.data(), out, &memory[20 << 16], stream) != 0);
+  IPluginV3* again = run_of(ready)->attachToContext(nullptr);
+  EXPECT(again != nullptr);
+  if (again == nullptr) return;
+  EXPECT(run_of(again)->enqueue(tensors.data(), tensors.data() + 13, in.data(), out, &memory[20 << 16], stream) == 0);
+  EXPECT(cuda.number("fake_cuda_loads") == loads);
+  delete again;
+
   // bfloat16 has no kernels in this table.
   tensors = step(a, Shapes());
   tensors[0].type = DataType::kBF16;
