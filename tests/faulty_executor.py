@@ -1,4 +1,4 @@
-"""A test double: the ONNX executor, which a test can hold before a step, make fail, crash or hang."""
+"""Test doubles: the ONNX executor, which a test can hold before a step, make fail, crash or hang; or slow down."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from apar.runtime.executor.onnx import OnnxExecutor
 from apar.runtime.step import Float32Array, StepInputs
 
 NAME = "faulty_executor:FaultyExecutor"
+SLOW = "faulty_executor:SlowExecutor"
+SLOW_STEP_SECONDS = 0.02
 
 
 class FaultyExecutor(OnnxExecutor):
@@ -52,6 +54,15 @@ class FaultyExecutor(OnnxExecutor):
         return {}
 
 
+class SlowExecutor(OnnxExecutor):
+    """Takes its time, so that answers do not end while a test does something to the service."""
+
+    def execute(self, inputs: StepInputs) -> Float32Array:
+        """Run the step after a pause."""
+        time.sleep(SLOW_STEP_SECONDS)
+        return super().execute(inputs)
+
+
 class Control:
     """The test's side of the folder."""
 
@@ -78,11 +89,17 @@ class Control:
         """Take every order back."""
         self.order()
 
-    def await_hold(self, seconds: float = 60.0) -> int:
+    def await_hold(self) -> int:
         """Wait until a step is held; returns its number."""
+        step = self.held_within(120.0)
+        assert step is not None, "no step was held"
+        return step
+
+    def held_within(self, seconds: float) -> int | None:
+        """The same, or None if none is held by then."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             with contextlib.suppress(OSError, ValueError):
                 return int((self.folder / "holding").read_text())
             time.sleep(0.002)
-        raise AssertionError("no step was held")
+        return None

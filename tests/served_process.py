@@ -19,7 +19,8 @@ import openai
 from apar.runtime.serving import traces
 
 START_SECONDS = 120.0
-WAIT_SECONDS = 30.0
+WAIT_SECONDS = 120.0
+"""Patience with what takes a moment on a machine that has nothing else to do."""
 ENGINE_OPTIONS = ("--threads", "1")
 
 
@@ -39,7 +40,7 @@ class ServedProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={**os.environ, "CI": "1", **variables},
+                env={**os.environ, "CI": "1", "PYTHONPATH": python_path(), **variables},
                 start_new_session=True,
             )
         self.urls: dict[str, Any] = {}
@@ -78,7 +79,7 @@ class ServedProcess:
 
     def client(self, key: str = "none", **options: Any) -> openai.OpenAI:
         """An OpenAI client of it, which does not try again by itself."""
-        return openai.OpenAI(base_url=self.urls["openai"], api_key=key, max_retries=0, timeout=60, **options)
+        return openai.OpenAI(base_url=self.urls["openai"], api_key=key, max_retries=0, timeout=WAIT_SECONDS, **options)
 
     @property
     def address(self) -> tuple[str, int]:
@@ -89,16 +90,16 @@ class ServedProcess:
     def get(self, path: str) -> bytes:
         """Body of a GET."""
         host, port = self.address
-        with urllib.request.urlopen(f"http://{host}:{port}{path}", timeout=30) as response:
+        with urllib.request.urlopen(f"http://{host}:{port}{path}", timeout=WAIT_SECONDS) as response:
             body: bytes = response.read()
         return body
 
-    def metric(self, name: str) -> float:
-        """Sum of a metric's series; 0 where it has none yet."""
+    def metric(self, name: str, label: str = "") -> float:
+        """Sum of a metric's series, those with `label` in them; 0 where it has none yet."""
         total = 0.0
         for line in self.get("/metrics").decode().splitlines():
             series, _, value = line.rpartition(" ")
-            if series == name or series.startswith(name + "{"):
+            if (series == name or series.startswith(name + "{")) and label in series:
                 total += float(value)
         return total
 
@@ -122,6 +123,8 @@ class ServedProcess:
 
     def left_behind(self) -> list[str]:
         """Processes, shared memory and folders of it that are still there."""
+        if not self._identity:  # it has not come far enough to have one
+            return []
         left = [f"{pid} {command_of(pid)!r}" for pid in traces.processes_of(self._identity)]
         left += [str(self._temporary)] if self._temporary.exists() else []
         left += [file.name for file in traces.SHARED_MEMORY.iterdir() if self._identity in file.name]
@@ -136,6 +139,11 @@ def wait_for(condition: Callable[[], Any], seconds: float = WAIT_SECONDS) -> Any
         if value or time.monotonic() > end:
             return value
         time.sleep(0.05)
+
+
+def python_path() -> str:
+    """Where the engine finds the executors of the tests, and whatever this process finds."""
+    return os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
 
 
 def children(parent: int) -> list[int]:

@@ -101,6 +101,7 @@ def test_manifests(settings: list[str]) -> None:
     probes = {container[f"{kind}Probe"]["httpGet"]["path"] for kind in ("startup", "readiness", "liveness")}
     assert probes == {"/health", "/health/live"}
     if settings:
+        assert set(pod["metadata"]["annotations"]) == {"a"}, "scraped by the PodMonitor, and only once"
         assert options.engine == "/engine" and options.kv_memory_mb == 8192 and options.model_name == "chat"
         scaled = found["ScaledObject"]["spec"]
         assert scaled["scaleTargetRef"]["name"] == deployment["metadata"]["name"]
@@ -108,3 +109,4 @@ def test_manifests(settings: list[str]) -> None:
         assert found["PodMonitor"]["spec"]["selector"]["matchLabels"].items() <= labels
     else:
         assert set(found) == {"Deployment", "Service", "PodDisruptionBudget"}
+        assert pod["metadata"]["annotations"]["prometheus.io/port"] == str(container["ports"][0]["containerPort"])

@@ -7,6 +7,7 @@ import http.client
 import json
 import os
 import re
+import secrets
 import signal
 import socket
 import subprocess
@@ -50,22 +51,19 @@ class TritonService:
         repository: Path | None = None,
         options: tuple[str, ...] = (),
     ) -> None:
-        self.http_port, self.grpc_port, self.metrics_port = _free_ports(3)
+        self.http_port = self.grpc_port = self.metrics_port = 0
         self.folder = folder
         self.log = folder / "server.log"
         folder.mkdir(parents=True, exist_ok=True)
         if parameters:
             repository = folder / "repository"
             write_repository(repository, parameters)
-        self._prefix = f"apar_test_{os.getpid()}_{self.http_port}_"
+        self._prefix = f"apar_test_{secrets.token_hex(6)}_"
         self._command = server.command(
             f"--model-repository={repository or repository_source()}",
             "--http-address=127.0.0.1",
-            f"--http-port={self.http_port}",
             "--grpc-address=127.0.0.1",
-            f"--grpc-port={self.grpc_port}",
             "--metrics-address=127.0.0.1",
-            f"--metrics-port={self.metrics_port}",
             "--exit-timeout-secs=5",
             f"--backend-config=python,shm-region-prefix-name={self._prefix}",
             *options,
@@ -107,10 +105,12 @@ class TritonService:
         return f"127.0.0.1:{self.http_port}"
 
     def start(self) -> None:
-        """Start the server and return at once."""
+        """Start the server on ports that are free now, and return at once."""
+        self.http_port, self.grpc_port, self.metrics_port = ports = _free_ports(3)
+        options = [f"--{name}-port={port}" for name, port in zip(("http", "grpc", "metrics"), ports, strict=True)]
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
-                self._command,
+                [*self._command, *options],
                 env=self._environment,
                 cwd=self.folder,
                 stdin=subprocess.DEVNULL,
@@ -124,6 +124,8 @@ class TritonService:
         end = time.monotonic() + START_SECONDS
         while not self.is_ready():
             assert self._process is not None
+            if self._process.poll() is not None and "already in use" in self.log_tail():
+                self.start()  # somebody else was quicker
             if self._process.poll() is not None or time.monotonic() > end:
                 raise AssertionError(f"the server did not become ready; its log ends:\n{self.log_tail()}")
             time.sleep(0.05)

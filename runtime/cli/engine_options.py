@@ -16,6 +16,7 @@ ENGINE_HELP = (
     "an engine directory (from `apar build`), a Hugging Face checkpoint directory (built once into the cache "
     "directory: $APAR_CACHE, else the user's cache), or `tiny`, the small model that ships with apar"
 )
+EXECUTOR_NAMES = ("auto", "onnx", "torch", "tensorrt")
 DEFAULT_ROWS = 256
 DEFAULT_STEP_TOKENS = 1024
 
@@ -26,10 +27,11 @@ def add_engine_options(parser: Parser, required: bool = True) -> None:
     group = parser.add_argument_group("how it runs")
     group.add_argument(
         "--executor",
-        choices=("auto", "onnx", "torch", "tensorrt"),
+        type=_executor,
         default="auto",
+        metavar="{" + ",".join(EXECUTOR_NAMES) + "}",
         help="what runs the model; auto is tensorrt for its engines, torch where there is a GPU that can run the "
-        "model, else onnx",
+        "model, else onnx. package.module:Class is one of your own",
     )
     group.add_argument(
         "--device",
@@ -101,6 +103,16 @@ def add_policy_options(group: argparse._ArgumentGroup) -> None:
         help="service level: from arrival to the end, as a multiple of what the request takes alone and without forks "
         "(default: 2.5)",
     )
+
+
+def _executor(name: str) -> str:
+    """An argparse type: the name of an executor."""
+    module, colon, attribute = name.partition(":")
+    if name not in EXECUTOR_NAMES and not (colon and module and attribute):
+        raise argparse.ArgumentTypeError(
+            f"there is no executor {name!r} (choose from {', '.join(EXECUTOR_NAMES)}, or write package.module:Class)"
+        )
+    return name
 
 
 def executor_options(options: argparse.Namespace) -> dict[str, Any]:

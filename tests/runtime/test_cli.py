@@ -324,7 +324,7 @@ class TestGenerate:
         assert process.stdout is not None
         first = process.stdout.readline()
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=300)
         assert process.returncode == 130 and "Traceback" not in err
         lines = objects(first + out)
         assert lines[-1]["event"] == "result" and lines[-1]["finish_reason"] == "cancelled"
@@ -338,7 +338,7 @@ class TestGenerate:
         process.stdout.close()
         err = process.stderr.read()
         process.stderr.close()
-        assert process.wait(timeout=60) == 141
+        assert process.wait(timeout=300) == 141
         assert "Traceback" not in err and "Broken" not in err
 
 

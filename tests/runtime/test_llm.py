@@ -26,6 +26,8 @@ from apar.runtime.sampling_params import SamplingParams
 from apar.runtime.text import assemble
 
 PARAMS = SamplingParams(max_tokens=400)
+ENDLESS = SamplingParams(max_tokens=900, ignore_eos=True, fork=False)
+"""Answers that do not end while a test looks away for a moment."""
 
 
 @pytest.fixture(scope="module")
@@ -300,7 +302,7 @@ class TestAsync:
         async def whole() -> None:
             async with AsyncLLM(tiny_engine, num_blocks=600) as llm:
                 await asyncio.wait_for(scenario(llm), 120)
-                for _ in range(200):
+                for _ in range(3000):
                     stats = await llm.stats()
                     if stats["live_branches"] == 0 and stats["waiting_requests"] == 0:
                         break
@@ -339,7 +341,7 @@ class TestAsync:
 
             waiting = asyncio.create_task(wait_for_cancellation())
             await leave()
-            killed = asyncio.create_task(model.generate(lists[2], PARAMS))
+            killed = asyncio.create_task(model.generate(lists[2], ENDLESS))
             await asyncio.sleep(0.05)
             killed.cancel()
             if await model.cancel("mine"):
@@ -373,7 +375,7 @@ class TestAsync:
 
     def test_ids_in_use_are_refused(self, tiny_engine: Path, lists: list[Any]) -> None:
         async def scenario(model: AsyncLLM) -> None:
-            stream = model.stream(lists[0], PARAMS, request_id="same")
+            stream = model.stream(lists[0], ENDLESS, request_id="same")
             await anext(aiter(stream))
             with pytest.raises(RequestError, match="'same' is still running"):
                 await model.generate(lists[1], PARAMS, request_id="same")
@@ -384,7 +386,7 @@ class TestAsync:
     def test_closing_ends_streams(self, tiny_engine: Path, lists: list[Any]) -> None:
         async def scenario() -> None:
             model = AsyncLLM(tiny_engine, num_blocks=600)
-            running = [asyncio.create_task(model.generate(m, PARAMS)) for m in lists]
+            running = [asyncio.create_task(model.generate(m, ENDLESS)) for m in lists]
             await asyncio.sleep(0.05)
             await model.close()
             results = await asyncio.gather(*running, return_exceptions=True)

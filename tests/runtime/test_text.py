@@ -41,9 +41,9 @@ def test_list_items(node: str, listed: bool) -> None:
 
 
 def test_list_items_in_linear_time() -> None:
-    start = time.perf_counter()
+    start = time.thread_time()
     assert not is_list_item("1" * 1_000_000)
-    assert time.perf_counter() - start < 1.0
+    assert time.thread_time() - start < 1.0
 
 
 @given(
@@ -209,7 +209,7 @@ def test_time_grows_with_the_number_of_events() -> None:
         best = float("inf")
         for _ in range(3):
             stream = ReadingOrderStream()
-            start = time.perf_counter()
+            start = time.thread_time()
             for child in range(1, 9):
                 stream.delta(0, "1. a")
                 stream.fork(child, 0)
@@ -219,7 +219,7 @@ def test_time_grows_with_the_number_of_events() -> None:
             for branch_id in range(9):
                 stream.finish(branch_id)
             assert stream.done
-            best = min(best, time.perf_counter() - start)
+            best = min(best, time.thread_time() - start)
         return best
 
     small, large = seconds(2_000), seconds(20_000)

@@ -136,9 +136,9 @@ def test_time_grows_with_the_length(tokenizer: Tokenizer, unit: str) -> None:
         text = unit * (chars // len(unit))
         best = float("inf")
         for _ in range(3):
-            start = time.perf_counter()
+            start = time.thread_time()
             tokenizer.encode_text(text)
-            best = min(best, time.perf_counter() - start)
+            best = min(best, time.thread_time() - start)
         return best
 
     small, large = seconds(20_000), seconds(200_000)
@@ -298,6 +298,6 @@ def test_many_stop_strings_cost_linear_time() -> None:
     stops = StopStrings("a" * n + "b" for n in range(192, 256))
     checker = StopChecker(stops)
     text = "a" * 50_000
-    start = time.perf_counter()
+    start = time.thread_time()
     assert len(checker.feed(text)) == 50_000 - 255
-    assert time.perf_counter() - start < 1.0
+    assert time.thread_time() - start < 1.0

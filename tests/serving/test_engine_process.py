@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 from faulty_executor import NAME, Control
+from served_process import WAIT_SECONDS
 
 from apar.export.errors import EngineStoppedError
 from apar.runtime.llm import LLM, load_text_engine
@@ -24,7 +26,7 @@ from apar.runtime.outputs import DeltaEvent, FinishEvent, ForkEvent
 from apar.runtime.sampling_params import SamplingParams
 from apar.runtime.serving.engine.connection import SEND_BUFFER, Connection
 from apar.runtime.serving.engine.flight import Flight
-from apar.runtime.serving.engine.process import EXIT_HANGS
+from apar.runtime.serving.engine.process import EXIT_HANGS, EngineProcess
 from apar.runtime.serving.engine.request import parse_request
 from apar.runtime.serving.engine.wire import Decoder, Message, encode
 from apar.runtime.tokenizer import Tokenizer
@@ -37,7 +39,7 @@ class Model:
 
     def __init__(self, folder: Path, role: str = "owner", settings: dict[str, str] | None = None) -> None:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.socket.settimeout(60)
+        self.socket.settimeout(WAIT_SECONDS)
         self.socket.connect(str(folder / "engine.sock"))
         self._decoder = Decoder()
         self._read: list[Message] = []
@@ -138,16 +140,16 @@ def test_answers_and_ends_with_its_last_owner(process: Process, reference: LLM) 
     owner.send({"op": "bye"})
     with pytest.raises(ConnectionError):
         owner.take()
-    assert process.process.wait(30) == 0
+    assert process.process.wait(WAIT_SECONDS) == 0
     assert sorted(path.name for path in process.folder.iterdir()) == ["settings.json"]
 
 
 def test_ends_when_its_owner_is_gone_though_others_are_there(process: Process) -> None:
     owner, view = process.connect(), process.connect("view")
-    view.ask(1)
+    view.ask(1, params={"max_tokens": 20})
     owner.close()
     assert "final" in view.take()  # time enough for what is in flight
-    assert process.process.wait(60) == 0
+    assert process.process.wait(WAIT_SECONDS) == 0
 
 
 def test_a_second_owner_with_other_settings_is_refused(process: Process) -> None:
@@ -175,7 +177,7 @@ def test_signals(process: Process, number: int) -> None:
         assert message["final"]["finish_reason"] == "length"
         return
     assert message["error"] == ["engine_failed", "the engine ended while it worked on this request; send it again"]
-    assert process.process.wait(30) == 0
+    assert process.process.wait(WAIT_SECONDS) == 0
 
 
 @pytest.mark.parametrize("data", [b"\xff" * 64, b"\0\0\0\x02{]", b"GET / HTTP/1.1\r\n\r\n"])
@@ -201,7 +203,7 @@ def test_a_connection_that_breaks_ends_its_requests(process: Process) -> None:
     for number in range(20):
         view.ask(number, params={"max_tokens": 400, "ignore_eos": True})
     view.close()
-    end = time.monotonic() + 60
+    end = time.monotonic() + WAIT_SECONDS
     name = 'request_errors_total{code="cancelled"}'
     while sum(numbers["counters"].get(name, 0) for numbers in owner.numbers) < 20:
         assert time.monotonic() < end
@@ -222,7 +224,7 @@ def test_a_step_that_hangs_ends_the_process(folder: Path, tiny_engine: Path, tmp
         owner.ask(1)
         with pytest.raises(ConnectionError):
             owner.take()
-        assert running.process.wait(30) == EXIT_HANGS
+        assert running.process.wait(WAIT_SECONDS) == EXIT_HANGS
     running.end()
 
 
@@ -259,7 +261,7 @@ def test_what_cannot_be_loaded_is_said(folder: Path) -> None:
     ):
         running = Process(folder, **settings)
         assert message in running.status["error"]
-        assert running.process.wait(30) == 1
+        assert running.process.wait(WAIT_SECONDS) == 1
         running.end()
 
 
@@ -283,7 +285,6 @@ def test_a_slow_reader_gets_fewer_and_longer_messages(tiny_engine: Path) -> None
     flight.add([DeltaEvent("r", 1, 2, "detail", [1], 4001), FinishEvent("r", 1, 2, "stop", 4001)], None)
     connection.send_from(flight)
     connection.close()
-    time.sleep(0.1)
     received = b""
     while data := there.recv(1 << 20):
         received += data
@@ -304,6 +305,31 @@ def test_a_slow_reader_gets_fewer_and_longer_messages(tiny_engine: Path) -> None
     ]
     there.close()
     text.close()
+
+
+def test_numbers_are_reported_again_and_again(tmp_path: Path) -> None:
+    """Also where the loop has taken and sent them before the thread that asked for them goes on."""
+    process = EngineProcess(tmp_path, io.StringIO())
+    sent: list[Message] = []
+
+    class Owner:
+        send = staticmethod(sent.append)
+
+    class PromptService:
+        """Does at once what is posted."""
+
+        loop = property(lambda self: self)
+        owners = staticmethod(lambda: [Owner()])
+        numbers = staticmethod(dict)
+
+        def post(self, command: Any) -> bool:
+            command()
+            return True
+
+    process._service = PromptService()  # type: ignore[assignment]
+    for _ in range(3):
+        process._report()
+    assert sent == [{"op": "metrics"}] * 3
 
 
 def test_the_last_message_comes_once(tiny_engine: Path) -> None:
@@ -339,12 +365,12 @@ def test_a_loop_that_dies_tells_everyone(tiny_engine: Path) -> None:
         lambda why: (reasons.append(why), ended.set())[0],
     )
     loop.start()
-    assert loop.call(lambda: 5).result(30) == 5
+    assert loop.call(lambda: 5).result(WAIT_SECONDS) == 5
     with pytest.raises(ZeroDivisionError):
-        loop.call(lambda: 1 / 0).result(30)
+        loop.call(lambda: 1 / 0).result(WAIT_SECONDS)
     assert loop.post(lambda: (_ for _ in ()).throw(RuntimeError("broken")))
-    assert ended.wait(30)
+    assert ended.wait(WAIT_SECONDS)
     assert reasons == ["the engine stopped: broken"]
     with pytest.raises(EngineStoppedError, match="the engine stopped: broken"):
-        loop.call(lambda: 5).result(30)
-    assert not loop.post(lambda: None) and loop.close(30)
+        loop.call(lambda: 5).result(WAIT_SECONDS)
+    assert not loop.post(lambda: None) and loop.close(WAIT_SECONDS)

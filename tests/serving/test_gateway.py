@@ -66,8 +66,15 @@ def client(service: ServedProcess) -> Iterator[openai.OpenAI]:
 
 
 def quiet(service: ServedProcess) -> bool:
-    """Whether the engine has nothing to do and every block is free."""
+    """Whether the engine has nothing to do and every block is free, by numbers of after the call."""
+    asked = time.time()
+    assert wait_for(lambda: service.metric("apar:numbers_timestamp_seconds") > asked)
     return service.metric("apar:num_requests_running") + service.metric("apar:kv_blocks_used") == 0
+
+
+def cancelled(service: ServedProcess) -> float:
+    """Requests that the engine was told to end because nobody waits for them."""
+    return service.metric("apar:request_errors_total", 'code="cancelled"')
 
 
 class TestAnswers:
@@ -143,16 +150,6 @@ class TestAnswers:
         whole: Any = client.chat.completions.create(**asked, extra_body={"branch_events": True}).choices[0]
         assert {b["branch_id"]: b["segments"] for b in whole.apar["branch_tree"]} == segments
         assert whole.apar["branches"] == len(segments) and whole.apar["steps"] == wanted.timing.steps
-
-    def test_first_token_comes_before_the_answer_is_decoded(
-        self, service: ServedProcess, client: openai.OpenAI
-    ) -> None:
-        stream = client.chat.completions.create(model="tiny", messages=user(PROMPTS[0]), stream=True, n=8, **ENDLESS)
-        for chunk in stream:
-            if chunk.choices[0].delta.content:
-                break
-        assert wait_for(lambda: service.metric("apar:num_requests_running") > 0), "it is still being decoded"
-        stream.close()
 
     def test_plain_decoding_and_branch_limits(self, client: openai.OpenAI) -> None:
         def branches(**fields: Any) -> int:
@@ -284,22 +281,21 @@ class TestErrors:
 
 class TestCancellation:
     def test_a_client_that_goes_away_frees_its_blocks(self, service: ServedProcess) -> None:
-        assert wait_for(lambda: quiet(service))
-        before = service.metric("apar:generation_tokens_total")
         for stream in (True, False):
+            before = cancelled(service)
+            taken = service.metric("nv_inference_request_success")
             body = {"model": "tiny", "messages": user("Say something."), "max_tokens": 900, "ignore_eos": True}
-            body |= {"stream": stream, "fork": False, "n": 8}
+            body |= {"stream": stream, "fork": False, "n": 16}
             connection = http.client.HTTPConnection(*service.address)
             connection.request("POST", "/v1/chat/completions", json.dumps(body))
             if stream:
                 connection.getresponse().read(300)
-            assert wait_for(lambda: service.metric("apar:num_requests_running") > 0)
+            assert wait_for(lambda: service.metric("nv_inference_request_success") >= taken + 16)  # noqa: B023
             assert connection.sock is not None
             connection.sock.close()
             connection.close()
+            assert wait_for(lambda: cancelled(service) > before), "they ran to their ends"  # noqa: B023
             assert wait_for(lambda: quiet(service))
-        # Both were cancelled before their ends.
-        assert service.metric("apar:generation_tokens_total") - before < 2 * 8 * 900
         assert service.metric("apar:gateway_answers_in_flight") == 0
 
     def test_leaving_the_loop_over_a_stream_cancels(self, service: ServedProcess, client: openai.OpenAI) -> None:
@@ -308,7 +304,7 @@ class TestCancellation:
         assert wait_for(lambda: quiet(service))
 
     def test_deadline(self, service: ServedProcess, client: openai.OpenAI) -> None:
-        body = {**ENDLESS["extra_body"], "timeout_ms": 150}  # type: ignore[dict-item]
+        body = {**ENDLESS["extra_body"], "timeout_ms": 50}  # type: ignore[dict-item]
         with pytest.raises(openai.InternalServerError) as late:
             client.chat.completions.create(model="tiny", messages=user("Hm?"), max_tokens=900, extra_body=body)
         assert late.value.status_code == 504 and late.value.code == "deadline_exceeded"
@@ -328,7 +324,10 @@ class TestLimits:
     def test_too_many_answers(self, strict: ServedProcess) -> None:
         client = strict.client("first-key")
         streams = [
-            client.chat.completions.create(model="tiny", messages=user("Hm?"), stream=True, n=4, **ENDLESS)
+            # More is to come than fits between them and a client that does not read: so they do not end.
+            client.chat.completions.create(
+                model="tiny", messages=user("Hm?"), stream=True, n=4, logprobs=True, top_logprobs=20, **ENDLESS
+            )
             for _ in range(2)
         ]
         with pytest.raises(openai.RateLimitError) as refused:
@@ -436,7 +435,7 @@ class TestMetrics:
         text = service.get("/metrics").decode()
         assert service.metric("apar:gateway_requests_total") > before
         assert service.metric("apar:gateway_server_up") == 1
-        assert service.metric("apar:generation_tokens_total") > 0
+        assert wait_for(lambda: service.metric("apar:generation_tokens_total") > 0)
         assert "nv_inference_request_success" in text
         names = [line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")]
         assert len(names) == len(set(names)), "no metric twice"

@@ -11,7 +11,7 @@ from apar.runtime.serving.gateway.listener import Listener, bind
 from apar.runtime.serving.gateway.settings import GatewaySettings
 from apar.runtime.serving.probe import Probe
 
-SETTINGS = GatewaySettings("tiny", 1024, 0, body_timeout=0.3, keep_alive=0.3, max_connections=3)
+SETTINGS = GatewaySettings("tiny", 1024, 0, body_timeout=1.0, keep_alive=1.0, max_connections=3)
 
 
 class Nothing:
@@ -40,7 +40,7 @@ async def exchange(port: int, sent: bytes) -> bytes:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(sent)
     try:
-        return await asyncio.wait_for(reader.read(), 20)
+        return await asyncio.wait_for(reader.read(), 60)
     except ConnectionError:
         return b""
     finally:

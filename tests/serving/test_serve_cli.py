@@ -43,7 +43,7 @@ def run(*arguments: str | Path, **variables: str) -> subprocess.CompletedProcess
     """A Python program in a process of its own."""
     command = [sys.executable, *map(str, arguments)]
     environment = {**os.environ, "CI": "1", **variables}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180, check=False)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False)
 
 
 def marked(mark: str) -> list[str]:
@@ -107,6 +107,7 @@ class TestServe:
             (["--api-key-file", "/no/such/file"], 1, "cannot read the keys"),
             (["--api-key-file", "/dev/null"], 1, "holds no key"),
             (["--deadline", "0"], 2, "not above 0"),
+            (["--executor", "abacus"], 2, "there is no executor 'abacus'"),
             (["--port", "70000"], 2, "not between 0 and 65535"),
             (["--max-rows", "8", "--max-step-tokens", "4"], 2, "max_step_tokens"),
         ],

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
+import json
 import os
 import signal
 import threading
@@ -11,54 +14,57 @@ from typing import Any
 
 import openai
 import pytest
-from served_process import ServedProcess, children, name_of, wait_for
+from faulty_executor import SLOW
+from served_process import WAIT_SECONDS, ServedProcess, children, name_of, wait_for
 
 QUESTION: list[Any] = [{"role": "user", "content": "Tell me about the violin."}]
 ENDLESS: dict[str, Any] = {"ignore_eos": True, "fork": False}
 
 
 class Stream:
-    """An answer that is being read in a thread."""
+    """An answer that is being read in a thread; made when its first token is there."""
 
-    def __init__(self, service: ServedProcess, choices: int = 1) -> None:
-        self.text = ""
+    def __init__(self, service: ServedProcess, max_tokens: int = 900) -> None:
         self.finish_reason: str | None = None
         self.error: Exception | None = None
+        self._begun = threading.Event()
         self._client = service.client()
         self._chunks = self._client.chat.completions.create(
-            model="tiny", messages=QUESTION, stream=True, max_tokens=900, n=choices, extra_body=ENDLESS
+            model="tiny", messages=QUESTION, stream=True, max_tokens=max_tokens, extra_body=ENDLESS
         )
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
-        assert wait_for(lambda: self.text), "no first token"
+        assert self._begun.wait(WAIT_SECONDS), "no first token"
 
     def _read(self) -> None:
         try:
             for chunk in self._chunks:
-                self.text += chunk.choices[0].delta.content or ""
+                if chunk.choices[0].delta.content:
+                    self._begun.set()
                 self.finish_reason = chunk.choices[0].finish_reason or self.finish_reason
         except Exception as error:
             self.error = error
+            self._begun.set()
 
     @property
     def running(self) -> bool:
         """Whether more may come."""
         return self._thread.is_alive()
 
-    def wait(self, seconds: float = 120.0) -> None:
+    def wait(self) -> None:
         """Wait for its end."""
-        self._thread.join(seconds)
+        self._thread.join(WAIT_SECONDS)
         assert not self.running, "the stream hangs"
         self._client.close()
 
 
 @pytest.fixture
 def start(tiny_engine: Path, tmp_path: Path) -> Iterator[Any]:
-    """Starts services with options; all of them are ended."""
+    """Starts services with options and a slow engine; all of them are ended."""
     running: list[ServedProcess] = []
 
     def begin(*options: str) -> ServedProcess:
-        service = ServedProcess(tiny_engine, tmp_path / str(len(running)), *options)
+        service = ServedProcess(tiny_engine, tmp_path / str(len(running)), "--executor", SLOW, *options)
         running.append(service)
         return service.__enter__()
 
@@ -82,9 +88,9 @@ class TestFaults:
         service = start()
 
         # The engine: its requests get an error at once, the server stays.
+        server, engine = service.server_pid(), service.engine_pid()
         stream = Stream(service)
-        server = service.server_pid()
-        os.kill(service.engine_pid(), signal.SIGKILL)
+        os.kill(engine, signal.SIGKILL)
         stream.wait()
         assert isinstance(stream.error, openai.APIError) and stream.error.code == "engine_failed"
         assert stream.finish_reason is None
@@ -101,9 +107,9 @@ class TestFaults:
         assert service.metric("apar:gateway_server_restarts") == 1
 
         # A model's process, without which the server would let requests hang for ever.
-        stream = Stream(service)
         server = service.server_pid()
         (stub,) = [pid for pid in children(server) if name_of(pid).startswith("triton_python")]
+        stream = Stream(service)
         os.kill(stub, signal.SIGKILL)
         stream.wait()
         assert stream.error is not None
@@ -131,32 +137,30 @@ class TestFaults:
 class TestEnd:
     def test_answers_in_flight_are_completed(self, start: Any) -> None:
         service = start("--drain-seconds", "120")
-        # Many answers, so that the small engine has not ended them before it is asked to end itself.
-        streams = [Stream(service, choices=6) for _ in range(2)]
+        streams = [Stream(service, max_tokens=150) for _ in range(2)]
         service.process.send_signal(signal.SIGTERM)
         assert wait_for(lambda: refusal(service) == "shutting_down")
         for stream in streams:
             stream.wait()
             assert stream.error is None and stream.finish_reason == "length"
-        assert service.process.wait(30) == 0
+        assert service.process.wait(WAIT_SECONDS) == 0
 
     def test_answers_that_take_too_long_end_with_an_error(self, start: Any) -> None:
         service = start("--drain-seconds", "0.2")
         stream = Stream(service)
+        assert wait_for(lambda: service.metric("apar:num_requests_running") == 1), "its end is still to be decoded"
         service.process.send_signal(signal.SIGINT)
         stream.wait()
         assert isinstance(stream.error, openai.APIError), "an error that the client sees"
-        assert service.process.wait(30) == 0
+        assert service.process.wait(WAIT_SECONDS) == 0
         assert "1 answers were not complete" in service.said()
 
 
 def refusal(service: ServedProcess) -> str | None:
     """Code of the error that a new request gets."""
-    with service.client() as client:
-        try:
-            client.completions.create(model="tiny", prompt="a", max_tokens=1)
-        except openai.APIStatusError as error:
-            return error.code
-        except openai.APIConnectionError:
-            return None
+    connection = http.client.HTTPConnection(*service.address, timeout=WAIT_SECONDS)
+    with contextlib.closing(connection), contextlib.suppress(OSError, http.client.HTTPException):
+        connection.request("POST", "/v1/completions", json.dumps({"model": "tiny", "prompt": "a", "max_tokens": 1}))
+        code: str | None = json.loads(connection.getresponse().read()).get("error", {}).get("code")
+        return code
     return None

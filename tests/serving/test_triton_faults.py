@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from faulty_executor import NAME, Control
-from triton_service import TritonService, in_threads, process_tree
+from triton_service import WAIT_SECONDS, TritonService, in_threads, process_tree
 
 from apar.runtime.llm import LLM
 from apar.runtime.sampling_params import SamplingParams
@@ -101,7 +101,7 @@ class Crowd:
 
     def _kill(self) -> None:
         """Kill the engine that serves now: not one that is dead already."""
-        end = time.monotonic() + 60
+        end = time.monotonic() + WAIT_SECONDS
         while self._service.engine_pid() in (None, self._killed):
             assert time.monotonic() < end, "the engine did not come back"
             time.sleep(0.05)

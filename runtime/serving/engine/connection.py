@@ -43,6 +43,7 @@ class Connection:
         self._messages: list[Message] = []
         self._due: dict[Flight, None] = {}
         self._closing = False
+        self._said_all = threading.Event()
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
 
     def start(self) -> None:
@@ -67,6 +68,11 @@ class Connection:
         with self._wake:
             self._closing = True
             self._wake.notify()
+
+    def finish(self, timeout: float) -> bool:
+        """Close, and wait until what was queued has been sent; False if that took longer than `timeout` seconds."""
+        self.close()
+        return self._said_all.wait(timeout)
 
     def _read(self) -> None:
         decoder = Decoder()
@@ -105,6 +111,7 @@ class Connection:
         except OSError:
             logger.debug("a reader went away")
         finally:
+            self._said_all.set()
             shut(self._socket)
 
 

@@ -188,7 +188,7 @@ class EngineProcess:
             owners = self._service.owners()
             if owners:
                 self._owned = now
-                self._report(owners)
+                self._report()
             elif now > (self._owned + GRACE if self._owned else begun + FIRST_GRACE):
                 self._end("no model of the server needs it any more")
             if not is_alive(self._server["pid"], self._server["started"]):
@@ -204,16 +204,20 @@ class EngineProcess:
                 os._exit(EXIT_HANGS)
         return code
 
-    def _report(self, owners: list[Connection]) -> None:
-        """Send numbers to the owners, unless the last ones are still to come."""
+    def _report(self) -> None:
+        """Send numbers to the newest owner, unless the last ones are still to come."""
+        if self._reporting:
+            return
+        self._reporting = True  # first: the loop may be done with it before `post` returns
 
         def report() -> None:
-            numbers = self._service.numbers()
+            owners = self._service.owners()
+            if owners:
+                owners[-1].send({"op": "metrics", **self._service.numbers()})
             self._reporting = False
-            owners[-1].send({"op": "metrics", **numbers})
 
-        if not self._reporting:
-            self._reporting = self._service.loop.post(report)
+        if not self._service.loop.post(report):
+            self._reporting = False
 
     def _clean(self) -> None:
         for name in (SOCKET_NAME, PID_NAME):

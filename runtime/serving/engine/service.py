@@ -30,6 +30,9 @@ from apar.runtime.text_engine import TextEngine
 
 logger = logging.getLogger(__name__)
 
+LAST_WORDS_TIMEOUT = 2.0
+"""Seconds that models have to read how their requests ended, when the engine stops."""
+
 
 class Service:
     """Serves the models' messages.
@@ -77,8 +80,17 @@ class Service:
         self.loop.post(lambda: self._abandon(connection))
 
     def close(self, timeout: float) -> bool:
-        """Stop the engine; requests still in flight end with an error. False if that took longer than `timeout`."""
-        return self.loop.close(timeout)
+        """Stop the engine; requests still in flight end with an error, of which their models are told.
+
+        False if stopping the engine took longer than `timeout` seconds.
+        """
+        closed = self.loop.close(timeout)
+        with self._lock:
+            connections = list(self._connections)
+        end = time.monotonic() + LAST_WORDS_TIMEOUT
+        for connection in connections:
+            connection.finish(max(0.0, end - time.monotonic()))
+        return closed
 
     def handle(self, connection: Connection, message: Message) -> None:
         """A message of a model, in its connection's thread."""

@@ -10,6 +10,9 @@ from aiohttp import web
 from apar.export.errors import ServingError
 from apar.runtime.serving.gateway.app import Gateway
 
+LINGER_SECONDS = 2.0
+"""How long a client that was refused before its body had come may go on sending it, and so get to read why."""
+
 
 def bind(host: str, port: int) -> socket.socket:
     """A listening socket; port 0 takes a free one. Raises ServingError where the address cannot be used."""
@@ -43,6 +46,7 @@ class Listener:
             keepalive_timeout=gateway.settings.keep_alive,
             auto_decompress=False,
             shutdown_timeout=0.0,
+            lingering_time=LINGER_SECONDS,
         )
         self._unused: dict[asyncio.BaseProtocol, asyncio.TimerHandle] = {}
         """Connections that have brought no request yet, and when that becomes too long."""
