@@ -154,6 +154,10 @@ class TestChat:
         names = ("stop", "seed", "temperature", "tools", "n", "stream", "stream_options", "logprobs", "response_format")
         assert chat(**dict.fromkeys(names)) == chat()
 
+    def test_what_other_servers_clients_write_for_nothing(self) -> None:
+        assert chat(tool_choice="auto", tools=[], function_call="none", stop=[]) == chat()
+        assert chat(top_k=-1).inputs[0]["top_k"] == 0
+
     def test_n_answers_have_seeds_of_their_own(self) -> None:
         assert [inputs["seed"] for inputs in chat(n=3, seed=2**64 - 2).inputs] == [2**64 - 2, 2**64 - 1, 0]
         assert refused(n=5).param == "n"
@@ -178,6 +182,10 @@ class TestChat:
             ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "string or a list"),
             ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content", "reads text"),
             ({"tools": [{}]}, "tools", "calls no tools"),
+            ({"tool_choice": "required"}, "tool_choice", "demands a call"),
+            ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice", "demands a call"),
+            ({"function_call": {"name": "f"}}, "function_call", "demands a call"),
+            ({"max_completion_tokens": 0}, "max_completion_tokens", "max_completion_tokens is 0"),
             ({"response_format": {"type": "json_object"}}, "response_format", "text only"),
             ({"modalities": ["audio"]}, "modalities", "only"),
             ({"temperature": "hot"}, "temperature", "must be a number"),

@@ -79,9 +79,8 @@ def read_common(body: Mapping[str, Any], chat: bool, model_name: str, max_tokens
     """
     _check_names(body, chat)
     _check_model(body.get("model"), model_name)
-    limit = body.get("max_tokens")
-    if chat and body.get("max_completion_tokens") is not None:
-        limit = body["max_completion_tokens"]
+    limit_name = "max_completion_tokens" if chat and body.get("max_completion_tokens") is not None else "max_tokens"
+    limit = body.get(limit_name)
     values: dict[str, Any] = {"max_tokens": max_tokens if limit is None else limit}
     for name, parameter in _SAMPLING.items():
         if body.get(name) is not None:
@@ -90,7 +89,9 @@ def read_common(body: Mapping[str, Any], chat: bool, model_name: str, max_tokens
         values["seed"] += 2**64  # OpenAI's seeds are signed
     if values.get("stop") == "" or values.get("stop") == []:
         del values["stop"]
-    params = _sampling(values)
+    if values.get("top_k") == -1:
+        values["top_k"] = 0  # how clients of vLLM write "no limit"
+    params = _sampling(values, limit_name)
     inputs = model_inputs(params, values)
     options = _object(body, "stream_options")
     milliseconds = _whole(body, "timeout_ms", 1, 2**31 - 1)
@@ -138,16 +139,16 @@ def alternatives(body: Mapping[str, Any], name: str) -> int | None:
     return _whole(body, name, 0, 20)
 
 
-def _sampling(values: dict[str, Any]) -> SamplingParams:
+def _sampling(values: dict[str, Any], limit_name: str) -> SamplingParams:
     try:
         return SamplingParams.from_mapping(values)
     except RequestError as error:
         message = str(error)
-        for name, parameter in _SAMPLING.items():
+        for name, parameter in [*_SAMPLING.items(), (limit_name, "max_tokens")]:
             if name != parameter:
                 message = message.replace(parameter, name)
         first = message.split(" ", 1)[0]
-        known = {*_SAMPLING, "max_tokens"}
+        known = {*_SAMPLING, limit_name}
         raise invalid(first if first in known else None, message) from None
 
 

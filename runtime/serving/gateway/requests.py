@@ -54,6 +54,9 @@ def chat_job(body: Mapping[str, Any], settings: GatewaySettings) -> Job:
     """A /v1/chat/completions request. Raises ApiError."""
     common = read_common(body, True, settings.model_name, settings.max_context, settings.deadline)
     refuse_unsupported(body, _CHAT_ONLY)
+    for name in ("tool_choice", "function_call"):
+        if body.get(name) not in (None, "none", "auto"):
+            raise unsupported(name, f"{name} demands a call, and this model calls no tools")
     _check_format(body)
     wanted = flag(body, "logprobs")
     top = alternatives(body, "top_logprobs")
