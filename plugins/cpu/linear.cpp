@@ -146,9 +146,11 @@ class Call {
     call_.epsilon = p.norm_epsilon;
     call_.gated = p.gated;
     call_.unit = op.unit;
-    call_.value_stride = op.steps * op.together;
-    call_.unit_stride = op.unit > 0 ? (call_.value_stride + op.unit - 1) / op.unit : 0;
-    prepared_ = op.unit > 0 || t.norm != nullptr || p.gated || call_.value_stride != p.in_features;
+    const int64_t columns = op.steps * op.together;
+    call_.unit_stride = op.unit > 0 ? (columns + op.unit - 1) / op.unit : 0;
+    prepared_ = op.unit > 0 || t.norm != nullptr || p.gated || columns != p.in_features;
+    // Not a power of two: tokens would meet in a few lines of the first-level cache.
+    call_.value_stride = prepared_ ? up(columns, 64) + 64 : columns;
     call_.values = const_cast<float*>(t.x);
     call_.units = nullptr;
     if (!prepared_) return;

@@ -34,6 +34,7 @@ struct LinearAvx2Vector : Avx2, LinearX86 {
   static Int quad(const int8_t* p) { return _mm256_set1_epi32(four_bytes(p)); }
   // Eight sums of two products of at most 15 * 128 fit 16 bits.
   static Int dot_bytes(Int sum, Int u, Int s) { return now(_mm256_add_epi16(sum, _mm256_maddubs_epi16(u, s))); }
+  static int32_t start(const int8_t* p, int64_t count, int32_t) { return word_start(p, count); }
   static Int bytes_sum(Int sum) { return _mm256_madd_epi16(sum, _mm256_set1_epi16(1)); }
 
   static Int even(Int x) { return _mm256_and_si256(x, _mm256_set1_epi16(255)); }

@@ -7,6 +7,7 @@ namespace {
 
 struct LinearAvx512Vnni : LinearAvx512Vector {
   static Int dot_bytes(Int sum, Int u, Int s) { return _mm512_dpbusd_epi32(sum, u, s); }
+  static int32_t start(const int8_t*, int64_t, int32_t sum) { return -8 * sum; }
   static Int bytes_sum(Int sum) { return sum; }
   static Int dot_words(Int sum, Int a, Int b) { return _mm512_dpwssd_epi32(sum, a, b); }
 };

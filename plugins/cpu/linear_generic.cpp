@@ -41,6 +41,7 @@ struct LinearGenericVector : Generic {
     for (int i = 0; i < 32; i += 8) sum += (u >> i & 255u) * (Int)((Int4)(s << (24 - i)) >> 24);
     return sum;
   }
+  static int32_t start(const int8_t*, int64_t, int32_t sum) { return -8 * sum; }
   static Int bytes_sum(Int sum) { return sum; }
 
   static Int even(Int x) { return x & 0x00ff00ffu; }

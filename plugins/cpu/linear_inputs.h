@@ -13,32 +13,6 @@ namespace apar {
 namespace cpu {
 namespace {
 
-template <int kValue>
-struct Constant {
-  static constexpr int value = kValue;
-};
-
-template <int kSize, class Function>
-inline void with_size(int size, const Function& function, int64_t at) {
-  if constexpr (kSize > 0) {
-    if (size == kSize) {
-      function(Constant<kSize>(), at);
-    } else {
-      with_size<kSize - 1>(size, function, at);
-    }
-  }
-}
-
-// Cuts `count` tokens into groups of at most kMost and about one size, and calls function(size, first token).
-template <int kMost, class Function>
-inline void each_group(int64_t count, const Function& function) {
-  const int64_t groups = (count + kMost - 1) / kMost;
-  for (int64_t group = 0; group < groups; ++group) {
-    const int64_t first = count * group / groups, last = count * (group + 1) / groups;
-    with_size<kMost>(static_cast<int>(last - first), function, first);
-  }
-}
-
 // How numbers up to `peak` become integers up to `levels`. Where there is a NaN or an infinity, the scale is NaN
 // and so is everything that is multiplied by it.
 struct Quantizer {

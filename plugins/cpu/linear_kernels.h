@@ -17,7 +17,8 @@ enum { kLinearSegment = 256 };
 // Integer inputs: channels with one scale.
 struct Unit {
   float scale;
-  float sum;  // of the integers: exact, below 2^24
+  float sum;      // of the integers: exact, below 2^24
+  int32_t start;  // where a sum of products starts, bit by bit, where there are no zero points
 };
 
 // One call. What the layouts are is in linear.h.

@@ -42,6 +42,17 @@ struct LinearX86 {
     return total(rounded);
   }
 
+  // -8 times the inputs that each 16 bits of a lane sum up.
+  static int32_t word_start(const int8_t* p, int64_t count) {
+    __m128i sum = _mm_setzero_si128();
+    for (int64_t i = 0; i < count; i += 16) {
+      const __m128i inputs = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i));
+      sum = _mm_sub_epi16(sum, _mm_maddubs_epi16(_mm_set1_epi8(8), inputs));
+    }
+    sum = _mm_add_epi16(sum, _mm_shuffle_epi32(sum, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi16(sum, _mm_shuffle_epi32(sum, 0xb1)));
+  }
+
  private:
   static __m256i integers(const float* p, float factor) {
     return _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(p), _mm256_set1_ps(factor)));

@@ -31,7 +31,7 @@ from apar.export.linear_packing import (
     unpack_matrix,
 )
 
-SHAPES = [(1, 1), (16, 32), (17, 33), (40, 250), (33, 515), (70, 768)]
+SHAPES = [(1, 1), (16, 32), (17, 33), (40, 250), (33, 515), (70, 768), (20, 2100)]
 """Output and input channels."""
 TOKENS = (1, 2, 3, 4, 5, 7, 8, 13, 64, 67)
 SOME_FORMATS = [Format("float32"), Format("bfloat16"), Format("int8"), Format("int4", 32), Format("int4", 128, True)]
