@@ -51,6 +51,7 @@ exit codes: 0 done, 1 it failed (one sentence on standard error says why and wha
 def main(argv: list[str] | None = None) -> int:
     """Run the command line with `argv` (without the program's name); returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _open_streams()
     with _notices() as debug:
         try:
             return _run(arguments, debug)
@@ -67,6 +68,12 @@ def main(argv: list[str] | None = None) -> int:
         except BrokenPipeError:
             _silence_stdout()
             return BROKEN_PIPE
+        except OSError as error:  # such as a disk that is full
+            if debug:
+                raise
+            print(f"apar: error: {error}", file=sys.stderr)
+            _silence_stdout()
+            return FAILED
 
 
 def _run(arguments: list[str], debug: list[bool]) -> int:
@@ -139,6 +146,13 @@ def _notices() -> Iterator[list[bool]]:
     finally:
         logger.removeHandler(handler)
         logger.level, logger.propagate = before
+
+
+def _open_streams() -> None:
+    """Started with standard output or error closed, Python has None in their place: what they get goes nowhere."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - open until the process ends
 
 
 def _tolerate_any_text() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -199,7 +200,8 @@ def report(entry: PromptEntry, output: RequestOutput, figures: bool, named: bool
         print(f"apar: error: {name}{output.error}", file=sys.stderr)
     if figures:
         line = f"{name}{figures_line(output)}"
-        print(f"\033[2m{line}\033[0m" if sys.stderr.isatty() else line, file=sys.stderr)
+        dim = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        print(f"\033[2m{line}\033[0m" if dim else line, file=sys.stderr)
 
 
 def write_text(text: str, safe: bool = False) -> None:

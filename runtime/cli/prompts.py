@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, TextIO
 from apar.export.errors import RequestError
 
 Messages = list[dict[str, str]]
+_NOT_UTF8 = re.compile("[\udc80-\udcff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +44,11 @@ def gather_prompts(arguments: Sequence[str], file: Path | None, stdin: TextIO) -
 
     Raises RequestError where there is none, or the file holds none.
     """
-    entries = [PromptEntry(stdin.read().strip("\n") if text == "-" else text) for text in arguments]
+    entries = [PromptEntry(_read(stdin) if text == "-" else _checked(text, "the prompt")) for text in arguments]
     if file is not None:
         entries += read_prompts(file, stdin)
     if not entries and not stdin.isatty():
-        entries.append(PromptEntry(stdin.read().strip("\n")))
+        entries.append(PromptEntry(_read(stdin)))
     if not entries:
         raise RequestError("there is no prompt; give one as an argument, with --file, or on standard input")
     return entries
@@ -55,13 +57,17 @@ def gather_prompts(arguments: Sequence[str], file: Path | None, stdin: TextIO) -
 def read_prompts(path: Path, stdin: TextIO | None = None) -> list[PromptEntry]:
     """Prompts of a file: JSON lines or a JSON list of {"prompt"} or {"messages"}, or plain text, one prompt a line.
 
+    A JSON list of messages ({"role", "content"}) is one conversation.
+
     Raises RequestError with the line's number where an entry is malformed.
     """
     try:
-        text = stdin.read() if str(path) == "-" and stdin is not None else path.read_text(encoding="utf-8")
+        text = _read(stdin) if str(path) == "-" and stdin is not None else path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"prompts cannot be read from {path}: {error}") from error
     if text.lstrip().startswith("[") and (listed := _json_list(text)) is not None:
+        if listed and all(isinstance(item, dict) and "role" in item for item in listed):
+            listed = [{"messages": listed}]
         entries = [_entry(item, f"{path}, entry {i}") for i, item in enumerate(listed)]
     else:
         lines = [(i, line) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
@@ -69,6 +75,18 @@ def read_prompts(path: Path, stdin: TextIO | None = None) -> list[PromptEntry]:
     if not entries:
         raise RequestError(f"{path} holds no prompt; give one a line, or JSON lines with `prompt` or `messages`")
     return entries
+
+
+def _read(stdin: TextIO) -> str:
+    return _checked(stdin.read(), "standard input").strip("\n")
+
+
+def _checked(text: str, where: str) -> str:
+    """`text`, if it was UTF-8: what was not is a lone surrogate in what Python gives us."""
+    if odd := _NOT_UTF8.search(text):
+        byte = ord(odd[0]) - 0xDC00
+        raise RequestError(f"{where} is not UTF-8 text: it holds the byte 0x{byte:02X} after {odd.start()} characters")
+    return text
 
 
 def _is_system(turns: Sequence[Any]) -> bool:
@@ -102,5 +120,7 @@ def _entry(item: Any, where: str) -> PromptEntry:
     if isinstance(item.get("prompt"), str):
         return PromptEntry(item["prompt"], name)
     if isinstance(item.get("messages"), list):
+        if not all(isinstance(message, dict) for message in item["messages"]):
+            raise RequestError(f"{where}: `messages` must hold objects with `role` and `content`")
         return PromptEntry(item["messages"], name)
     raise RequestError(f"{where}: the object has neither a string `prompt` nor a list `messages`")

@@ -25,7 +25,7 @@ from apar.runtime.executor.base import NO_HEADS_REMEDY, Executor
 from apar.runtime.executor.check import check_step
 from apar.runtime.executor.pool import pool_blocks
 from apar.runtime.executor.portable import portable_inputs
-from apar.runtime.executor.threads import default_threads
+from apar.runtime.executor.threads import MAX_THREADS, default_threads
 from apar.runtime.step import INPUT_NAMES, Float32Array, IntArray, StepInputs
 
 GRAPHS = ("auto", "native", "portable")
@@ -69,8 +69,8 @@ class OnnxExecutor(Executor):
         if graph not in GRAPHS:
             raise ExecutorError(f"graph must be one of {', '.join(GRAPHS)}, not {graph!r}")
         threads = default_threads() if threads is None else threads
-        if threads < 1:
-            raise ExecutorError(f"threads must be at least 1, not {threads}")
+        if not 1 <= threads <= MAX_THREADS:
+            raise ExecutorError(f"threads must be between 1 and {MAX_THREADS}, not {threads}")
         spinning = not os.environ.get("CI") if spinning is None else spinning
         self._session: onnxruntime.InferenceSession | None = None
         self._heads: onnxruntime.InferenceSession | None = None
@@ -243,7 +243,13 @@ def _load(path: Path, options: onnxruntime.SessionOptions) -> onnxruntime.Infere
 def _zeros(shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> npt.NDArray[np.generic]:
     """Aligned zeros that take memory only where they are written."""
     count = int(np.prod(shape)) * dtype.itemsize
-    raw = np.zeros(count + _ALIGNMENT, np.uint8)
+    try:
+        raw = np.zeros(count + _ALIGNMENT, np.uint8)
+    except MemoryError:
+        raise ExecutorError(
+            f"the KV pool does not fit into memory: one layer of it takes {count / 1e9:.1f} GB; "
+            "give fewer blocks (num_blocks or kv_memory_bytes)"
+        ) from None
     skip = -raw.ctypes.data % _ALIGNMENT
     return raw[skip : skip + count].view(dtype).reshape(shape)
 

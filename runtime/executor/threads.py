@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+MAX_THREADS = 1024
+"""More would take ONNX Runtime minutes to start, and no machine has them."""
+
 
 def default_threads() -> int:
     """Physical cores that this process may use, at most what the container's CPU quota allows, at least 1.

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -85,6 +86,12 @@ def start(*arguments: str) -> subprocess.Popen[str]:
         text=True,
         env=os.environ.copy(),
     )
+
+
+def shell(before: str, *arguments: str, after: str = "") -> subprocess.CompletedProcess[str]:
+    """Run to the end from a shell, with something `before` and `after` the command."""
+    command = shlex.join([sys.executable, "-m", "apar.runtime.cli", *arguments])
+    return subprocess.run(["sh", "-c", f"{before}{command} {after}"], check=False, capture_output=True, text=True)
 
 
 class TestUsage:
@@ -316,16 +323,17 @@ class TestGenerate:
         _, err = run(capsys, "generate", engine, "hello", *PLAIN, code=1)
         assert "the memory is on fire" in err
 
-    def test_interrupt_keeps_what_was_said(self, engine: str) -> None:
+    @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
+    def test_interrupt_keeps_what_was_said(self, number: signal.Signals, code: int, engine: str) -> None:
         # The pipe holds 64 kB, so the process cannot finish before it is read on.
         process = start(
             "generate", engine, "hello", "--events", "--max-tokens", "900", "--ignore-eos", "--graph", "portable"
         )
         assert process.stdout is not None
         first = process.stdout.readline()
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         out, err = process.communicate(timeout=300)
-        assert process.returncode == 130 and "Traceback" not in err
+        assert process.returncode == code and "Traceback" not in err
         lines = objects(first + out)
         assert lines[-1]["event"] == "result" and lines[-1]["finish_reason"] == "cancelled"
 
@@ -340,6 +348,48 @@ class TestGenerate:
         process.stderr.close()
         assert process.wait(timeout=300) == 141
         assert "Traceback" not in err and "Broken" not in err
+
+    @pytest.mark.parametrize(
+        ("redirection", "code", "said"),
+        [(">/dev/full", 1, "apar: error: [Errno 28]"), (">&-", 0, "1 branch, "), ("2>&-", 0, "")],
+    )
+    def test_streams_that_take_nothing(self, redirection: str, code: int, said: str, engine: str) -> None:
+        done = shell("", "generate", engine, "hello", *PLAIN, after=redirection)
+        assert done.returncode == code, done.stderr
+        assert said in done.stderr and "Traceback" not in done.stderr
+
+    def test_a_list_of_messages_is_one_conversation(
+        self, engine: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        talk.append({"role": "user", "content": "c"})
+        monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(talk)))
+        out, _ = run(capsys, "generate", engine, "--file", "-", *PLAIN, "--json")
+        assert json.loads(out)["prompt"] == talk
+
+    def test_messages_that_are_none(
+        self, engine: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(sys, "stdin", io.StringIO('{"messages": [65, 66]}'))  # not to be read as token ids
+        _, err = run(capsys, "generate", engine, "--file", "-", *PLAIN, code=2)
+        assert "line 1: `messages` must hold objects with `role` and `content`" in err
+
+    def test_bytes_that_are_no_text(
+        self, engine: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        stdin = io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8", errors="surrogateescape")
+        monkeypatch.setattr(sys, "stdin", stdin)
+        _, err = run(capsys, "generate", engine, *PLAIN, code=2)
+        assert "standard input is not UTF-8 text: it holds the byte 0xE9 after 3 characters" in err
+
+    def test_more_threads_than_any_machine_has(self, engine: str, capsys: pytest.CaptureFixture[str]) -> None:
+        _, err = run(capsys, "generate", engine, "hello", "--threads", "5000", code=1)
+        assert "threads must be between 1 and 1024" in err
+
+    def test_a_pool_that_memory_does_not_hold(self, engine: str) -> None:
+        done = shell("ulimit -v 30000000; ", "generate", engine, "hello", "--kv-memory-mb", "99999999")
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert "the KV pool does not fit into memory" in done.stderr
 
 
 class TestInspect:
