@@ -72,6 +72,7 @@ class CudaDevice:
         """Release the primary context. Idempotent."""
         if self._context.value is not None:
             self._context = c_void_p()
+            self._call("cuCtxSetCurrent", c_void_p())  # the thread must not keep a context that may end now
             self._call("cuDevicePrimaryCtxRelease_v2", self._device)
 
     def allocate(self, size: int) -> int:

@@ -51,6 +51,57 @@ void HeadShape::list(std::vector<nvinfer1::PluginField>* fields) {
     fields->emplace_back(name, nullptr, nvinfer1::PluginFieldType::kINT32, 1);
 }
 
+void HeadPlugin::list_fields() {
+  add_field("abi_version", &heads_.abi_version);
+  add_field("num_heads", &heads_.num_heads);
+  add_field("num_kv_heads", &heads_.num_kv_heads);
+  add_field("head_dim", &heads_.head_dim);
+  add_field("block_size", &heads_.block_size);
+}
+
+std::string HeadPlugin::find_driver() {
+  std::string problem;
+  driver_ = Driver::get(&problem);
+  return problem;
+}
+
+std::string LayerKernels::load(const Driver& driver, const HeadShape& heads, const Choice& choice) {
+  LayerKernels found;
+  const bool small = heads.num_heads / heads.num_kv_heads <= APAR_GPU_SMALL_TILE;
+  const struct {
+    AparGpuKind kind;
+    uint32_t tile;
+    Kernel* kernel;
+  } wanted[] = {{APAR_GPU_COPY_READ, 0, &found.copy_read_},
+                {APAR_GPU_COPY_WRITE, 0, &found.copy_write_},
+                {APAR_GPU_ROPE_WRITE, 0, &found.rope_},
+                {APAR_GPU_ATTEND, small ? APAR_GPU_SMALL_TILE : APAR_GPU_LARGE_TILE, &found.attend_small_},
+                {APAR_GPU_ATTEND, APAR_GPU_LARGE_TILE, &found.attend_large_},
+                {APAR_GPU_MERGE, 0, &found.merge_}};
+  *this = {};
+  for (const auto& one : wanted) {
+    std::string problem = load_kernel(driver, one.kind, choice, one.tile, one.kernel);
+    if (!problem.empty()) return problem;
+  }
+  *this = found;
+  return {};
+}
+
+std::string LayerKernels::launch(const Driver& driver, const HeadShape& heads, const AparGpuSizes& sizes,
+                                 int64_t tokens, int64_t copies, Arguments* arguments, void* stream) const {
+  const Kernel* order[] = {&copy_read_, &copy_write_, &rope_,
+                           sizes.tile == APAR_GPU_SMALL_TILE ? &attend_small_ : &attend_large_, &merge_};
+  for (const Kernel* kernel : order) {
+    const uint32_t kind = kernel->entry->kind;
+    if (copies == 0 && (kind == APAR_GPU_COPY_READ || kind == APAR_GPU_COPY_WRITE)) continue;
+    uint32_t grid[3];
+    apar_gpu_grid(kind, &sizes, tokens, copies, heads.num_heads, heads.num_kv_heads, grid);
+    std::string problem = apar::trt::launch(driver, *kernel, grid, arguments, stream);
+    if (!problem.empty()) return problem;
+  }
+  return {};
+}
+
 AparGpuSizes largest_sizes(int64_t tokens, int64_t rows, int64_t groups, const HeadShape& heads) {
   const int64_t split = std::min<int64_t>(tokens, APAR_GPU_MAX_SPLIT_TOKENS);
   const int32_t per_group = heads.num_heads / heads.num_kv_heads;

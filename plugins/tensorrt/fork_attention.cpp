@@ -10,7 +10,6 @@
 // kv_binding = bound there is neither past_kv nor present_kv: whoever runs the engine has given the pools' addresses
 // by apar_tensorrt_bind_pools.
 #include "tensorrt/attention.h"
-#include "tensorrt/kernels.h"
 
 namespace apar {
 namespace trt {
@@ -47,7 +46,6 @@ constexpr int64_t kNoCopies = 2;
 constexpr int64_t kErrorBytes = 256;
 
 struct Parameters {
-  HeadShape heads;
   float scale = 0.0F;
   float rope_scale = 1.0F;
   std::vector<float> rope_inv_freq;
@@ -56,7 +54,7 @@ struct Parameters {
   int32_t layer = 0;
 };
 
-class ForkAttention final : public Plugin {
+class ForkAttention final : public HeadPlugin {
  public:
   static constexpr const char* kName = "ForkAttention";
 
@@ -73,24 +71,26 @@ class ForkAttention final : public Plugin {
   }
 
   static IPluginV3* make(Fields fields, TensorRTPhase phase, std::string* problem) {
+    HeadShape heads;
     Parameters p;
-    p.heads.read(&fields);
+    heads.read(&fields);
     fields.read("scale", &p.scale);
     fields.read("rope_scale", &p.rope_scale);
     fields.read("rope_inv_freq", &p.rope_inv_freq);
     fields.read("kv_binding", &p.kv_binding);
     fields.read("engine_id", &p.engine_id);
     fields.read("layer", &p.layer);
-    *problem = fields.problem().empty() ? p.heads.check() : fields.problem();
-    if (problem->empty() && p.rope_inv_freq.size() != static_cast<size_t>(p.heads.head_dim / 2))
+    *problem = fields.problem().empty() ? heads.check() : fields.problem();
+    if (problem->empty() && p.rope_inv_freq.size() != static_cast<size_t>(heads.head_dim / 2))
       *problem = "rope_inv_freq must have head_dim / 2 values";
     if (problem->empty() && !(p.scale > 0.0F)) *problem = "scale is missing or not positive";
     if (problem->empty() && (p.kv_binding < kInPlace || p.kv_binding > kBound))
       *problem = "kv_binding " + std::to_string(p.kv_binding) + " is unknown";
-    return problem->empty() ? new ForkAttention(std::move(p), phase) : nullptr;
+    return problem->empty() ? new ForkAttention(heads, std::move(p), phase) : nullptr;
   }
 
-  ForkAttention(Parameters parameters, TensorRTPhase phase) : Plugin(kName, phase), p_(std::move(parameters)) {}
+  ForkAttention(const HeadShape& heads, Parameters parameters, TensorRTPhase phase)
+      : HeadPlugin(kName, heads, phase), p_(std::move(parameters)) {}
 
   IPluginV3* clone() noexcept override {
     try {
@@ -115,7 +115,7 @@ class ForkAttention final : public Plugin {
     if (inputs != input_count() || outputs != getNbOutputs()) return -1;
     out[0].nbDims = 2;
     out[0].d[0] = in[kQkv].d[0];
-    out[0].d[1] = builder.constant(int64_t{p_.heads.num_heads} * p_.heads.head_dim);
+    out[0].d[1] = builder.constant(int64_t{heads_.num_heads} * heads_.head_dim);
     if (!bound()) out[1] = in[kPastKv];
     return 0;
   }
@@ -136,7 +136,7 @@ class ForkAttention final : public Plugin {
                           int32_t) const noexcept override {
     const int64_t tokens = in[kQkv].max.d[0], copies = in[at(kSlotCopies)].max.d[0];
     const AparGpuSizes sizes =
-        largest_sizes(tokens, in[at(kKvLen)].max.d[0], in[at(kPrefixBlocks)].max.d[0], p_.heads);
+        largest_sizes(tokens, in[at(kKvLen)].max.d[0], in[at(kPrefixBlocks)].max.d[0], heads_);
     return static_cast<size_t>(workspace(sizes, tokens, copies).total + kErrorBytes);
   }
 
@@ -150,7 +150,7 @@ class ForkAttention final : public Plugin {
     for (int32_t i = 0; i < kInputs; ++i)
       if (!(bound() && i == kPastKv) && in[at(i)].nbDims != kRank[i])
         return "input " + std::to_string(at(i)) + " has shape " + text(in[at(i)]);
-    const HeadShape& h = p_.heads;
+    const HeadShape& h = heads_;
     const int64_t width = (int64_t{h.num_heads} + 2 * int64_t{h.num_kv_heads}) * h.head_dim;
     if (in[kQkv].d[1] != width) return "qkv has shape " + text(in[kQkv]) + ", its width must be " + std::to_string(width);
     if (!bound()) {
@@ -166,26 +166,23 @@ class ForkAttention final : public Plugin {
   }
 
   std::string prepare() override {
-    std::string problem;
-    driver_ = Driver::get(&problem);
-    if (driver_ == nullptr) return problem;
+    std::string problem = find_driver();
+    if (!problem.empty()) return problem;
     // Both types, since only a step's tensors say which one the engine has.
     for (const uint32_t dtype : {APAR_GPU_FLOAT16, APAR_GPU_BFLOAT16}) {
-      const std::string missing = load(dtype);
-      if (missing.empty()) continue;
-      kernels_[dtype - 1] = {};
-      problem = missing;
+      const std::string missing = kernels_[dtype - 1].load(*driver_, heads_, choice(dtype));
+      if (!missing.empty()) problem = missing;
     }
-    return kernels_[0].rope.function == nullptr && kernels_[1].rope.function == nullptr ? problem : std::string();
+    return kernels_[0].loaded() || kernels_[1].loaded() ? std::string() : problem;
   }
 
   std::string run(PluginTensorDesc const* in, void const* const* inputs, void* const* outputs, void* workspace_memory,
                   void* stream) override {
-    const HeadShape& h = p_.heads;
+    const HeadShape& h = heads_;
     const int64_t tokens = in[kQkv].dims.d[0], rows = in[at(kKvLen)].dims.d[0];
     if (tokens == 0) return {};
-    const Kernels& kernels = kernels_[in[kQkv].type == DataType::kHALF ? 0 : 1];
-    if (kernels.rope.function == nullptr) return "there are no GPU kernels for the engine's element type";
+    const LayerKernels& kernels = kernels_[in[kQkv].type == DataType::kHALF ? 0 : 1];
+    if (!kernels.loaded()) return "there are no GPU kernels for the engine's element type";
     const int64_t groups = in[at(kPrefixBlocks)].dims.d[0], copies = in[at(kSlotCopies)].dims.d[0] - kNoCopies;
     const bool masked = in[at(kTreeMask)].dims.d[0] == tokens;
 
@@ -245,26 +242,11 @@ class ForkAttention final : public Plugin {
     a.set_float(APAR_GPU_SCALE, p_.scale);
     a.set_float(APAR_GPU_ROPE_SCALE, p_.rope_scale);
 
-    const Kernel* order[] = {&kernels.copy_read, &kernels.copy_write, &kernels.rope,
-                             sizes.tile == APAR_GPU_SMALL_TILE ? &kernels.attend_small : &kernels.attend_large,
-                             &kernels.merge};
-    for (const Kernel* kernel : order) {
-      const uint32_t kind = kernel->entry->kind;
-      if (copies == 0 && (kind == APAR_GPU_COPY_READ || kind == APAR_GPU_COPY_WRITE)) continue;
-      uint32_t grid[3];
-      apar_gpu_grid(kind, &sizes, tokens, copies, h.num_heads, h.num_kv_heads, grid);
-      const std::string problem = launch(*driver_, *kernel, grid, &a, stream);
-      if (!problem.empty()) return problem;
-    }
-    return {};
+    return kernels.launch(*driver_, h, sizes, tokens, copies, &a, stream);
   }
 
   void list_fields() override {
-    add_field("abi_version", &p_.heads.abi_version);
-    add_field("num_heads", &p_.heads.num_heads);
-    add_field("num_kv_heads", &p_.heads.num_kv_heads);
-    add_field("head_dim", &p_.heads.head_dim);
-    add_field("block_size", &p_.heads.block_size);
+    HeadPlugin::list_fields();
     add_field("scale", &p_.scale);
     add_field("rope_scale", &p_.rope_scale);
     add_field("rope_inv_freq", p_.rope_inv_freq.data(), p_.rope_inv_freq.size());
@@ -274,42 +256,16 @@ class ForkAttention final : public Plugin {
   }
 
  private:
-  struct Kernels {
-    Kernel copy_read, copy_write, rope, attend_small, attend_large, merge;
-  };
-
   bool bound() const { return p_.kv_binding == kBound; }
   int32_t input_count() const { return bound() ? kInputs - 1 : kInputs; }
   int32_t at(int32_t input) const { return bound() && input > kPastKv ? input - 1 : input; }
 
   AparGpuWorkspace workspace(const AparGpuSizes& sizes, int64_t tokens, int64_t copies) const {
-    return apar_gpu_workspace(&sizes, tokens, copies, p_.heads.num_heads, p_.heads.num_kv_heads, p_.heads.head_dim);
-  }
-
-  std::string load(uint32_t dtype) {
-    const Choice choice = {dtype, static_cast<uint32_t>(p_.heads.head_dim), static_cast<uint32_t>(p_.heads.block_size)};
-    Kernels& k = kernels_[dtype - 1];
-    const bool small = p_.heads.num_heads / p_.heads.num_kv_heads <= APAR_GPU_SMALL_TILE;
-    const struct {
-      AparGpuKind kind;
-      uint32_t tile;
-      Kernel* kernel;
-    } wanted[] = {{APAR_GPU_COPY_READ, 0, &k.copy_read},
-                  {APAR_GPU_COPY_WRITE, 0, &k.copy_write},
-                  {APAR_GPU_ROPE_WRITE, 0, &k.rope},
-                  {APAR_GPU_ATTEND, small ? APAR_GPU_SMALL_TILE : APAR_GPU_LARGE_TILE, &k.attend_small},
-                  {APAR_GPU_ATTEND, APAR_GPU_LARGE_TILE, &k.attend_large},
-                  {APAR_GPU_MERGE, 0, &k.merge}};
-    for (const auto& one : wanted) {
-      std::string problem = load_kernel(*driver_, one.kind, choice, one.tile, one.kernel);
-      if (!problem.empty()) return problem;
-    }
-    return {};
+    return apar_gpu_workspace(&sizes, tokens, copies, heads_.num_heads, heads_.num_kv_heads, heads_.head_dim);
   }
 
   Parameters p_;
-  const Driver* driver_ = nullptr;
-  Kernels kernels_[2];  // float16, bfloat16
+  LayerKernels kernels_[2];  // float16, bfloat16
 };
 
 }  // namespace

@@ -5,7 +5,6 @@
 //
 // M < T says that the step has no mask, as TensorRT has no comfortable empty tensors.
 #include "tensorrt/attention.h"
-#include "tensorrt/kernels.h"
 
 namespace apar {
 namespace trt {
@@ -22,7 +21,7 @@ using nvinfer1::TensorRTPhase;
 enum Input { kQueryStart, kKvLen, kSlotMapping, kPrefixRows, kPrefixBlocks, kTreeMask, kInputs };
 constexpr int32_t kRank[kInputs] = {1, 1, 1, 1, 1, 2};
 
-class ForkPlan final : public Plugin {
+class ForkPlan final : public HeadPlugin {
  public:
   static constexpr const char* kName = "ForkPlan";
 
@@ -38,7 +37,7 @@ class ForkPlan final : public Plugin {
     return problem->empty() ? new ForkPlan(heads, phase) : nullptr;
   }
 
-  ForkPlan(const HeadShape& heads, TensorRTPhase phase) : Plugin(kName, phase), heads_(heads) {}
+  ForkPlan(const HeadShape& heads, TensorRTPhase phase) : HeadPlugin(kName, heads, phase) {}
 
   IPluginV3* clone() noexcept override { return new (std::nothrow) ForkPlan(*this); }
 
@@ -96,12 +95,8 @@ class ForkPlan final : public Plugin {
   }
 
   std::string prepare() override {
-    std::string problem;
-    driver_ = Driver::get(&problem);
-    if (driver_ == nullptr) return problem;
-    const Choice choice = {APAR_GPU_FLOAT16, static_cast<uint32_t>(heads_.head_dim),
-                           static_cast<uint32_t>(heads_.block_size)};
-    return load_kernel(*driver_, APAR_GPU_PLAN, choice, 0, &kernel_);
+    const std::string problem = find_driver();
+    return problem.empty() ? load_kernel(*driver_, APAR_GPU_PLAN, choice(APAR_GPU_ANY), 0, &kernel_) : problem;
   }
 
   std::string run(PluginTensorDesc const* in, void const* const* inputs, void* const* outputs, void* workspace,
@@ -128,17 +123,7 @@ class ForkPlan final : public Plugin {
     return launch(*driver_, kernel_, grid, &arguments, stream);
   }
 
-  void list_fields() override {
-    add_field("abi_version", &heads_.abi_version);
-    add_field("num_heads", &heads_.num_heads);
-    add_field("num_kv_heads", &heads_.num_kv_heads);
-    add_field("head_dim", &heads_.head_dim);
-    add_field("block_size", &heads_.block_size);
-  }
-
  private:
-  HeadShape heads_;
-  const Driver* driver_ = nullptr;
   Kernel kernel_;
 };
 

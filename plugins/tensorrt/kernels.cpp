@@ -22,6 +22,7 @@ constexpr int kMajorAttribute = 75, kMinorAttribute = 76;
 constexpr int kMaxSharedAttribute = 8;
 constexpr uint32_t kFreeShared = 48 << 10;
 constexpr uint32_t kThreadsPerWarp = 32;
+constexpr const char* kDtypeNames[] = {"any dtype", "float16", "bfloat16"};  // by AparGpuDtype
 
 struct Table {
   std::string path;
@@ -158,8 +159,8 @@ std::string load_kernel(const Driver& driver, AparGpuKind kind, const Choice& ch
   const AparGpuKernel* entry = find(kind, sm, choice, tile, APAR_GPU_CHECKED, &table);
   if (entry == nullptr) entry = find(kind, sm, choice, tile, 0, &table);
   if (entry == nullptr)
-    return "no GPU kernel of kind " + std::to_string(kind) + " for dtype " + (choice.dtype == APAR_GPU_FLOAT16 ? "float16" : "bfloat16") +
-           ", head_dim " + std::to_string(choice.head_dim) + ", block_size " + std::to_string(choice.block_size) +
+    return "no GPU kernel of kind " + std::to_string(kind) + " for " + kDtypeNames[choice.dtype] + ", head_dim " +
+           std::to_string(choice.head_dim) + ", block_size " + std::to_string(choice.block_size) +
            " in the tables; make one with python -m apar.plugins.gpu.pack that has it";
   void*& handle = handles()[entry];
   if (handle == nullptr) {

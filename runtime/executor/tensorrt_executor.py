@@ -102,7 +102,7 @@ class TensorRtExecutor(Executor):
             self._make_pools(num_blocks, kv_memory_bytes, facts.kv_fraction if kv_fraction is None else kv_fraction)
             layer_bytes = self._block_bytes // self.manifest.decoder.num_layers
             pools = PoolReader(self._device, self._stream, self._pools, self.num_blocks, layer_bytes)
-            check_pools(self.execute, self.manifest, self._library, pools)
+            check_pools(self._execute, self.manifest, self._library, pools)
             if cuda_graphs:
                 self._graphs = StepGraphs(self._device, self._stream, self._own_context)
         except PluginError as error:
@@ -125,6 +125,9 @@ class TensorRtExecutor(Executor):
 
     def execute(self, inputs: StepInputs) -> Float32Array:
         """See Executor.execute."""
+        return self._execute(inputs)
+
+    def _execute(self, inputs: StepInputs, *, mixed: bool = False) -> Float32Array:
         if self._closed:
             raise ExecutorError("the tensorrt executor is closed")
         check_step(
@@ -133,7 +136,7 @@ class TensorRtExecutor(Executor):
             block_size=self.manifest.block_size,
             vocab_size=self.manifest.decoder.vocab_size,
         )
-        shape = choose_shape(inputs, self._facts)
+        shape = choose_shape(inputs, self._facts, mixed=mixed)
         self._log.clear()
         try:
             self._device.activate()  # the caller's thread may be another than last time

@@ -5,8 +5,9 @@ TensorRT may put copies around a plugin, and is not told that a pool is written 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +50,12 @@ class PoolReader:
         self.device.synchronize(self.stream)
 
 
+class Execute(Protocol):
+    """Runs a step."""
+
+    def __call__(self, inputs: StepInputs, *, mixed: bool) -> Float32Array: ...
+
+
 def check_tensors(session: TensorRtSession, manifest: Manifest) -> None:
     """Raise ExecutorError unless the engine's inputs and outputs are those that the manifest speaks of."""
     facts, name = manifest.tensorrt, session.path.name
@@ -67,15 +74,16 @@ def check_tensors(session: TensorRtSession, manifest: Manifest) -> None:
         raise ExecutorError(f"{name} was built for other step sizes than manifest.json says; build it again")
 
 
-def check_pools(
-    execute: Callable[[StepInputs], Float32Array], manifest: Manifest, library: TensorRtLibrary, pools: PoolReader
-) -> None:
-    """Run one step of each profile in the first block, and look. Raises ExecutorError with what to do."""
+def check_pools(execute: Execute, manifest: Manifest, library: TensorRtLibrary, pools: PoolReader) -> None:
+    """Run one step of each profile in the first block, and look. Raises ExecutorError with what to do.
+
+    execute: as Executor.execute; `mixed` asks for the profile of prompts.
+    """
     run, copied = library.counters()
     tokens = _tokens(manifest)
-    # A prompt of all but the last, then the last alone: one step of each profile.
+    # A prompt of all but the last, then the last alone.
     for first, last in ((0, len(tokens) - 1), (len(tokens) - 1, len(tokens))):
-        if not np.isfinite(execute(_step(tokens[first:last], first))).all():
+        if not np.isfinite(execute(_step(tokens[first:last], first), mixed=first == 0)).all():
             raise ExecutorError(
                 "the engine's first step gives numbers that are not finite; build it with dtype bfloat16"
             )

@@ -54,8 +54,11 @@ class StepShape:
         }
 
 
-def choose_shape(inputs: StepInputs, engine: TensorRtEngine) -> StepShape:
-    """The shape that `inputs` is padded to. Raises ExecutorError where the engine was built for smaller steps."""
+def choose_shape(inputs: StepInputs, engine: TensorRtEngine, *, mixed: bool = False) -> StepShape:
+    """The shape that `inputs` is padded to; `mixed` asks for the profile of prompts, however small the step.
+
+    Raises ExecutorError where the engine was built for smaller steps.
+    """
     tokens, rows = inputs.input_ids.size, inputs.kv_len.size
     copies, wanted = inputs.slot_copies.shape[0], inputs.logits_rows.size
     masked = inputs.tree_mask.shape[1] > 0 and tokens > 0
@@ -71,7 +74,7 @@ def choose_shape(inputs: StepInputs, engine: TensorRtEngine) -> StepShape:
     if (inputs.block_table[:, engine.table_width :] >= 0).any():
         raise ExecutorError(f"a path has more than {engine.table_width} blocks, the most that the engine was built for")
     groups, words = inputs.prefix_blocks.size, inputs.tree_mask.shape[1] if masked else 1
-    if tokens > most_tokens(engine, DECODE) or (tokens > 2 * rows and not masked):
+    if mixed or tokens > most_tokens(engine, DECODE):
         return StepShape(
             profile=MIXED,
             tokens=tokens,
