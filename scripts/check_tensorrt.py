@@ -5,8 +5,8 @@
     python scripts/check_tensorrt.py ./checkpoint --dtype bfloat16 --kv-binding bound -o report.json
 
 The same prompts go through the real scheduler, once plainly and, where the checkpoint has Medusa heads, once with
-drafts. Each step runs on both executors, and the CPU's logits decide what comes next. Prints one JSON object and exits with 1 where logits, or draft logits, differ by more than
---tolerance.
+drafts. Each step runs on both executors, and the CPU's logits decide what comes next. Prints one JSON object and exits
+with 1 where logits, or draft logits, differ by more than --tolerance.
 """
 
 from __future__ import annotations
