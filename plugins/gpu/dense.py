@@ -88,6 +88,14 @@ class Matrix:
         codes = (weight / scale[:, None]).clamp(-_FLOAT8_LARGEST, _FLOAT8_LARGEST).to(torch.float8_e4m3fn)
         return cls(codes.view(torch.uint8), scale * _FLOAT8_SHIFT, bias)
 
+    def values(self) -> Tensor:
+        """float32 [N, K]: the numbers that are stored, as products see them."""
+        if self.scale is None:
+            return self.weight.float()
+        if self.weight.dtype == torch.uint8:
+            return self.weight.view(torch.float8_e4m3fn).float() * (self.scale / _FLOAT8_SHIFT)[:, None]
+        return self.weight.float() * self.scale[:, None]
+
     @property
     def bytes(self) -> int:
         """Bytes that a step reads of it."""

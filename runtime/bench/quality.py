@@ -113,7 +113,7 @@ class QualityBench:
         """Compare; the result is what `apar bench quality --json` prints."""
         room = Path(mkdtemp(prefix="apar-quality-"))
         try:
-            reference = _Reference(self._engine(room, None), self._prompts, self._params)
+            reference = Reference(self._engine(room, None), self._prompts, self._params)
             rows = [reference.row]
             for number, variant in enumerate(chosen, 1):
                 if progress:
@@ -158,7 +158,7 @@ class QualityBench:
         return LLM(target, executor=self._executor, **self._options)
 
 
-class _Reference:
+class Reference:
     """The float32 engine's answers and distributions. Closes the engine."""
 
     def __init__(self, llm: LLM, prompts: Sequence[Prompt], params: SamplingParams) -> None:

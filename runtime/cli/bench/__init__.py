@@ -17,6 +17,7 @@ KINDS = {
     "trees": "recorded answers on an engine of any shape: what forks save in steps and in time",
     "peers": "a shape on other engines: llama.cpp, OpenVINO, transformers, ONNX Runtime's own kernels",
     "quality": "what quantisation costs: distributions, trees and answers against the float32 engine",
+    "weights": "the GPU's weight formats: what bf16, fp16, int8 and fp8 cost, measured on the CPU",
     "serve": "a service under load: throughput, time to first token, its own cost beside the runtime's",
     "replay": "scheduling under load: recorded answers on a virtual clock, without any model",
     "report": "one page with charts, made of what the others printed",

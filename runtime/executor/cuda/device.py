@@ -6,19 +6,26 @@ import torch
 
 from apar.export.errors import ExecutorError
 from apar.plugins.gpu.kernels.dot import INTERPRETED
+from apar.runtime.executor.choice import OLDEST
 
 
 def usable_device(name: str) -> torch.device:
     """The device, if the kernels run on it. Raises ExecutorError with what to do."""
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ExecutorError(f"there is no device {name!r}; write cpu, cuda or cuda:N") from error
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ExecutorError(
                 "PyTorch finds no CUDA device; install a CUDA build of torch and check `nvidia-smi`, or run on the CPU"
             )
-        if torch.cuda.get_device_capability(device) < (8, 0):
+        count = torch.cuda.device_count()
+        if ":" in name and device.index >= count:
+            raise ExecutorError(f"there is no {device}: PyTorch sees {count} GPUs; CUDA_VISIBLE_DEVICES may hide some")
+        if torch.cuda.get_device_capability(device) < OLDEST:
             raise ExecutorError(
-                f"{torch.cuda.get_device_name(device)} is too old: the kernels need compute 8.0 or newer"
+                f"{torch.cuda.get_device_name(device)} is too old: the kernels need compute capability 8.0 or newer"
             )
         return device if ":" in name else torch.device("cuda", torch.cuda.current_device())
     if not INTERPRETED.value:

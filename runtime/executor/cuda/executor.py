@@ -31,6 +31,8 @@ WEIGHTS |= {"int8": (None, "int8"), "fp8": (None, "fp8")}
 """What `weights` may be: the dtype that it asks for, and the format of matrices."""
 POOL_SHARE = 0.92
 """Of the device memory that is free once weights and buffers are there; the rest is for the allocator."""
+SAMPLING_BYTES = 64
+"""Of each logit where rows draw from all of them: sorted values and ids, weights and their sums."""
 GRAPH_BYTES = 16 << 20
 """What is left free for each CUDA graph: a few hundred launches and their arguments."""
 
@@ -314,7 +316,7 @@ class CudaExecutor(Executor):
             torch.cuda.synchronize(self._device)
             torch.cuda.empty_cache()
             free, _ = torch.cuda.mem_get_info(self._device)
-            kv_memory_bytes = int(POOL_SHARE * (free - self._step_bytes() - self._graph_bytes()))
+            kv_memory_bytes = int(POOL_SHARE * (free - self._step_bytes() - self._other_bytes()))
             if kv_memory_bytes <= 0:
                 raise ExecutorError("the model leaves no memory of the GPU for a KV pool; use weights='int8' or 'fp8'")
         return pool_blocks(self.manifest, kind, num_blocks, kv_memory_bytes)
@@ -325,6 +327,7 @@ class CudaExecutor(Executor):
         width = 2 * decoder.hidden_size + decoder.qkv_size + 3 * decoder.intermediate_size
         return 8 * self._limits[1] * (width + 2 * decoder.hidden_size)
 
-    def _graph_bytes(self) -> int:
-        """Bytes left for graphs, those of drafts included: the pool is there before anybody asks for drafts."""
-        return GRAPH_BYTES * (len(self._buckets.plain) + len(self._buckets.drafts(chains=False)))
+    def _other_bytes(self) -> int:
+        """Bytes of what comes after the pool: graphs, those of drafts included, and sampling."""
+        graphs = len(self._buckets.plain) + len(self._buckets.drafts(chains=False))
+        return GRAPH_BYTES * graphs + SAMPLING_BYTES * self._limits[0] * self.manifest.decoder.vocab_size

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -42,25 +44,23 @@ class Layout:
             "slot_copies": (COPIES_PER_ROW * bucket.rows, 2),
         }
         self.offsets: dict[str, int] = {}
+        self._ends: dict[str, int] = {}
         at = 0
         for name, shape in self.shapes.items():
             self.offsets[name] = at
-            at += -(-int(np.prod(shape)) // _ALIGN) * _ALIGN
+            self._ends[name] = at + math.prod(shape)
+            at = -(-self._ends[name] // _ALIGN) * _ALIGN
         self.size = at
 
     def arrays(self, memory: Int32Array) -> dict[str, Int32Array]:
         """Views of host memory."""
         return {
-            name: memory[self.offsets[name] : self.offsets[name] + int(np.prod(shape))].reshape(shape)
-            for name, shape in self.shapes.items()
+            name: memory[self.offsets[name] : self._ends[name]].reshape(shape) for name, shape in self.shapes.items()
         }
 
     def tensors(self, memory: Tensor) -> dict[str, Tensor]:
         """Views of device memory."""
-        return {
-            name: memory[self.offsets[name] : self.offsets[name] + int(np.prod(shape))].view(shape)
-            for name, shape in self.shapes.items()
-        }
+        return {name: memory[self.offsets[name] : self._ends[name]].view(shape) for name, shape in self.shapes.items()}
 
 
 class StepBuffers:
@@ -80,6 +80,9 @@ class StepBuffers:
         self._host = [torch.zeros(size, dtype=torch.int32, pin_memory=pinned) for _ in range(_STAGES)]
         self._sent = [torch.cuda.Event() if pinned else None for _ in range(_STAGES)]
         self._turn = 0
+        # Views of the host's memory and of the device's slot copies, by layout: making them anew costs more than
+        # filling them. A layout that is forgotten takes its own along.
+        self._views: WeakKeyDictionary[Layout, _Views] = WeakKeyDictionary()
         self._foreseen: _Foreseen | None = None
 
     def tensors(self, layout: Layout) -> dict[str, Tensor]:
@@ -94,9 +97,13 @@ class StepBuffers:
         """
         self._turn = (self._turn + 1) % _STAGES
         host, sent = self._host[self._turn], self._sent[self._turn]
+        views = self._views.get(layout)
+        if views is None:
+            views = _Views([layout.arrays(each.numpy()) for each in self._host], self.tensors(layout)["slot_copies"])
+            self._views[layout] = views
         if sent is not None:
             sent.synchronize()
-        self._fill(layout, layout.arrays(host.numpy()), inputs)
+        self._fill(layout, views.host[self._turn], inputs)
         copies = inputs.slot_copies.shape[0]
         fits = copies <= layout.shapes["slot_copies"][0]
         used = layout.offsets["slot_copies"] + (2 * copies if fits else 0)
@@ -105,7 +112,7 @@ class StepBuffers:
             sent.record()
         if not fits:
             return torch.from_numpy(inputs.slot_copies).to(self._device.device)
-        return self.tensors(layout)["slot_copies"][:copies]
+        return views.copies[:copies]
 
     def foresee(self, layout: Layout, inputs: StepInputs) -> None:
         """Plan the step that follows `inputs` if every row goes on with one token: `layout` is that step's.
@@ -170,6 +177,12 @@ class StepBuffers:
             masked=layout.bucket.mask_words > 0,
             out=arrays["plan"],
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Views:
+    host: list[dict[str, Int32Array]]
+    copies: Tensor
 
 
 @dataclass(slots=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,8 @@ from step_builder import random_steps
 
 from apar.export import onnx_engine
 from apar.export.errors import ExecutorError
+from apar.plugins.gpu.fork_attention import ForkAttention
+from apar.runtime.bench.gpu.models import decode_step
 from apar.runtime.engine import Engine
 from apar.runtime.engine_source import tiny_checkpoint
 from apar.runtime.executor import load_executor
@@ -21,7 +25,8 @@ from apar.runtime.executor.base import Executor
 from apar.runtime.executor.cuda.buckets import DRAFT_STEPS, DRAFT_WORDS, Bucket, Buckets
 from apar.runtime.executor.cuda.executor import CudaExecutor
 from apar.runtime.executor.cuda.graphs import Recorder, Replay
-from apar.runtime.executor.cuda.step_buffers import idle_step
+from apar.runtime.executor.cuda.step_buffers import Layout, StepBuffers, idle_step
+from apar.runtime.executor.cuda.step_memory import StepMemory
 from apar.runtime.limits import SchedulerLimits
 from apar.runtime.sampling_params import SamplingParams
 from apar.runtime.step import StepInputs
@@ -163,6 +168,29 @@ def test_a_step_larger_than_expected_still_runs(random_engine: Path) -> None:
     assert executor.rehearsal.replayed == 1
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_foreseen_step_is_sent_as_any_other(seed: int) -> None:
+    """To the last byte; and a step that was not the foreseen one has its own plan."""
+    random = np.random.default_rng(seed)
+    rows = int(random.integers(1, 40))
+    step = decode_step(rows, int(random.integers(150, 900)), 16, 300, requests=max(1, rows // 3))
+    step.prefix_blocks[np.diff(step.prefix_rows) > 1] = 9
+    bucket = Buckets(64, 128).find(rows, rows, rows, 0)
+    assert bucket is not None
+    operator = ForkAttention(num_heads=8, num_kv_heads=2, head_dim=64, block_size=16, inv_freq=torch.zeros(32))
+    layout = Layout(bucket, operator.sizes(bucket.tokens, bucket.rows, bucket.groups), 64)
+    plain, ahead = (StepBuffers(layout.size, 16, torch.device("cpu")) for _ in range(2))
+    before = dataclasses.replace(step, kv_len=step.kv_len - 1)
+    other = dataclasses.replace(step, kv_len=step.kv_len + np.arange(rows, dtype=np.int32) + 1)
+    for sent, foreseen in ((step, 1), (other, 1)):
+        ahead.foresee(layout, before)
+        for buffers in (plain, ahead):
+            buffers.send(layout, sent)
+        for name, array in plain.tensors(layout).items():
+            assert torch.equal(array, ahead.tensors(layout)[name]), name
+        assert ahead.foreseen_plans == foreseen and plain.foreseen_plans == 0
+
+
 def test_plans_are_made_ahead(tiny: Path) -> None:
     """Decoding goes on as foreseen, and whoever is wrong about it plans again."""
     executor = RehearsedExecutor(tiny, dtype="float32", **SMALL)
@@ -192,7 +220,12 @@ def test_bad_ids_change_nothing(random_engine: Path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"weights": "int3"}, "16bit"), ({"dtype": "int8"}, "bfloat16"), ({"max_rows": 0}, "max_rows")],
+    [
+        ({"weights": "int3"}, "16bit"),
+        ({"weights": "bf16", "dtype": "float16"}, "give one of the two"),
+        ({"dtype": "int8"}, "bfloat16"),
+        ({"max_rows": 0}, "max_rows"),
+    ],
 )
 def test_options_that_do_not_exist(random_engine: Path, options: dict[str, object], message: str) -> None:
     with pytest.raises(ExecutorError, match=message):
@@ -203,6 +236,36 @@ def test_devices_that_are_not_there(random_engine: Path) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(ExecutorError, match="no CUDA device"):
             load_executor(random_engine, "torch", device="cuda")
+
+
+def test_device_numbers(random_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ExecutorError, match="no device 'gpu'"):
+        CudaExecutor(random_engine, device="gpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ExecutorError, match="no cuda:2: PyTorch sees 2 GPUs"):
+        CudaExecutor(random_engine, device="cuda:2")
+
+
+def test_everything_runs_on_the_device_that_was_named(random_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton, streams and graphs go by the thread's current device, whichever tensors they are given."""
+    entered: list[str] = []
+
+    class Watched(RehearsedExecutor):
+        @contextmanager
+        def _on_device(self) -> Iterator[None]:
+            entered.append("in")
+            yield
+            entered.append("out")
+
+        def _forward(self, layout: Layout, memory: StepMemory) -> None:
+            assert entered[-1] == "in"
+            super()._forward(layout, memory)
+
+    executor = Watched(random_engine, dtype="float32", **SMALL)
+    executor.execute(life(3, 1)[0])
+    executor.expect_drafts(chains=True)
+    assert entered == ["in", "out"] * 3
 
 
 def test_heads_that_no_kernel_takes(tmp_path: Path) -> None:

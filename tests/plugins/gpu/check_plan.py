@@ -61,14 +61,8 @@ def sizes_of(step: Arrays, heads: int, kv_heads: int, tile: int = 0) -> StepSize
     return StepSizes(step["slot_mapping"].size, step["kv_len"].size, groups, heads, kv_heads, tile)
 
 
-@pytest.mark.parametrize("seed", range(150))
-def test_every_key_is_read_once(seed: int) -> None:
-    random = np.random.default_rng(seed)
-    step = random_step(random, int(random.integers(1, 60)), int(random.choice([50, 600, 5000])))
-    heads, kv_heads = [(4, 4), (8, 2), (32, 32), (6, 1), (14, 2)][seed % 5]
-    masked = bool(seed % 3 == 0)
-    sizes = sizes_of(step, heads, kv_heads, tile=int(random.choice([0, 16, 64])))
-    plan = plan_of(step, sizes, masked)
+def check_coverage(step: Arrays, sizes: StepSizes, plan: npt.NDArray[np.int32], masked: bool) -> None:
+    """Every key of every token is in exactly one item, and the merge is told of all parts."""
     count, chunk, used, tiles = (int(value) for value in plan[:4])
     assert count <= sizes.items and tiles <= sizes.tiles and used <= sizes.parts and count - tiles <= sizes.budget
     items = plan[PLAN_HEADER:][: ITEM_FIELDS * sizes.items].reshape(-1, ITEM_FIELDS)
@@ -115,6 +109,16 @@ def test_every_key_is_read_once(seed: int) -> None:
             assert len(listed) == len(ranges) and max(listed) < used
 
 
+@pytest.mark.parametrize("seed", range(150))
+def test_every_key_is_read_once(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    step = random_step(random, int(random.integers(1, 60)), int(random.choice([50, 600, 5000])))
+    heads, kv_heads = [(4, 4), (8, 2), (32, 32), (6, 1), (14, 2)][seed % 5]
+    masked = bool(seed % 3 == 0)
+    sizes = sizes_of(step, heads, kv_heads, tile=int(random.choice([0, 16, 64])))
+    check_coverage(step, sizes, plan_of(step, sizes, masked), masked)
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_the_device_makes_the_same_plan(seed: int) -> None:
     random = np.random.default_rng(1000 + seed)
@@ -136,6 +140,25 @@ def test_the_device_makes_the_same_plan(seed: int) -> None:
     np.testing.assert_array_equal(device[:4], host[:4])
     np.testing.assert_array_equal(device[PLAN_HEADER:used], host[PLAN_HEADER:used])
     np.testing.assert_array_equal(device[-PART_FIELDS * sizes.tokens :], host[-PART_FIELDS * sizes.tokens :])
+
+
+@pytest.mark.parametrize("longest", [600_000, 2**24])
+def test_contexts_beyond_the_longest_chunk(longest: int) -> None:
+    """No key is lost or read twice, and the device plans as the host does."""
+    step = group_step(3, 700, 31)
+    step["kv_len"][:] = (longest, 5000, 700)
+    sizes = sizes_of(step, 32, 32)
+    host = plan_of(step, sizes, False)
+    check_coverage(step, sizes, host, False)
+    operator = ForkAttention(num_heads=32, num_kv_heads=32, head_dim=64, block_size=BLOCK, inv_freq=torch.zeros(32))
+    tensors = {name: torch.from_numpy(array) for name, array in step.items()}
+    blank, mask = torch.zeros(1, dtype=torch.int32), torch.zeros((3, 0), dtype=torch.int32)
+    device = operator.plan_on_device(
+        sizes, StepTensors(position_ids=blank, block_table=blank[None], tree_mask=mask, **tensors)
+    )
+    np.testing.assert_array_equal(device.numpy()[:4], host[:4])
+    used = PLAN_HEADER + ITEM_FIELDS * int(host[0])
+    np.testing.assert_array_equal(device.numpy()[PLAN_HEADER:used], host[PLAN_HEADER:used])
 
 
 def group_step(rows: int, keys: int, blocks: int) -> Arrays:

@@ -24,7 +24,7 @@ SECTIONS = [
     "sanitizer",
     "attention speed",
     "matrix speed",
-    "host plan",
+    "host costs",
     "load 7b",
     "decode steps",
     "fork cost",

@@ -1,0 +1,22 @@
+"""`apar bench weights`: the GPU's weight formats on the CPU."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from apar.runtime.cli import main
+
+pytest.importorskip("triton")
+
+
+def test_formats_against_bf16(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "weights", "tiny", "--limit", "1", "--max-tokens", "5", "-q", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    rows = {row["weights"]: row for row in found["formats"]}
+    loss = {name: row["prompts"]["kl_millinats"] for name, row in rows.items()}
+    assert loss["bf16"] == 0 < loss["fp16"] < loss["int8"] < loss["fp8"] < 20
+    size = {name: row["matrix_bytes"] for name, row in rows.items()}
+    assert size["bf16"] == size["fp16"] and size["bf16"] / 2 < size["int8"] == size["fp8"] < 0.52 * size["bf16"]
+    assert rows["bf16"]["same_answers"] == found["prompts"] == 1
