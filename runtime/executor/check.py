@@ -19,9 +19,9 @@ def check_step(inputs: StepInputs, *, num_blocks: int, block_size: int, vocab_si
             raise ExecutorError(f"{name} must be int32 of rank {rank}, not {array.dtype} of rank {array.ndim}")
     tokens, rows = inputs.input_ids.size, inputs.kv_len.size
     slots = num_blocks * block_size
-    count = np.diff(inputs.query_start)
     starts = inputs.query_start
-    if starts.size != rows + 1 or starts[0] != 0 or starts[-1] != tokens or (count < 0).any():
+    count = starts[1:] - starts[:-1]
+    if starts.size != rows + 1 or starts[0] != 0 or starts[-1] != tokens or int(count.min(initial=0)) < 0:
         raise ExecutorError(f"query_start does not cut {tokens} tokens into {rows} rows")
     for name in ("position_ids", "slot_mapping"):
         if getattr(inputs, name).size != tokens:
@@ -43,22 +43,30 @@ def check_step(inputs: StepInputs, *, num_blocks: int, block_size: int, vocab_si
     needed = -(-inputs.kv_len // block_size)
     if real.any() and int(needed[real].max()) > inputs.block_table.shape[1]:
         raise ExecutorError("block_table is narrower than the longest row")
-    used = (np.arange(inputs.block_table.shape[1]) < needed[:, None]) & real[:, None]
-    _bounds("block_table", inputs.block_table[used], 0, num_blocks)
-    for name, targets in (
-        ("slot_mapping", inputs.slot_mapping[inputs.slot_mapping >= 0]),
-        ("slot_copies", inputs.slot_copies[:, 1]),
-    ):
-        if np.unique(targets).size != targets.size:
-            raise ExecutorError(f"{name} writes a slot twice")
+    used = np.arange(inputs.block_table.shape[1]) < (needed * real)[:, None]
+    if int(np.where(used, inputs.block_table, 0).view(np.uint32).max(initial=0)) >= num_blocks:
+        _bounds("block_table", inputs.block_table[used], 0, num_blocks)
+    for name, targets in (("slot_mapping", inputs.slot_mapping), ("slot_copies", inputs.slot_copies[:, 1])):
+        if targets.size > 1:
+            ordered = np.sort(targets)
+            if ((ordered[1:] == ordered[:-1]) & (ordered[1:] >= 0)).any():
+                raise ExecutorError(f"{name} writes a slot twice")
 
 
 def padding_free(inputs: StepInputs) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
     """[R] whether a row has any token that is written: the others are padding, their tables are not read."""
+    starts = inputs.query_start
+    if int(inputs.slot_mapping.min(initial=0)) >= 0:
+        every: np.ndarray[tuple[int, ...], np.dtype[np.bool_]] = starts[1:] > starts[:-1]
+        return every
     written = np.concatenate(([0], np.cumsum(inputs.slot_mapping >= 0)))
-    return np.diff(written[inputs.query_start]) > 0
+    return np.diff(written[starts]) > 0
 
 
 def _bounds(name: str, values: Int32Array, low: int, high: int) -> None:
-    if values.size and (int(values.min()) < low or int(values.max()) >= high):
+    if not values.size:
+        return
+    # As unsigned numbers what lies below the lowest is above all others: one look instead of two.
+    shifted = values if low == 0 else values - np.int32(low)
+    if int(shifted.view(np.uint32).max()) >= high - low:
         raise ExecutorError(f"{name} holds {values.min()}..{values.max()}, allowed is {low}..{high - 1}")

@@ -27,12 +27,14 @@ class Recorder:
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
+        # PyTorch's own capture stream belongs to the device that captured first in this process.
+        self._stream = torch.cuda.Stream()
 
     def record(self, work: Callable[[], None]) -> Replay:
         """Capture `work` on the current device instead of running it; what is returned runs it."""
         graph = torch.cuda.CUDAGraph()
         # Other threads may allocate meanwhile: only this one is watched for calls that a graph cannot hold.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             work()
         return graph.replay
 

@@ -21,7 +21,6 @@ SECTIONS = [
     "matrices",
     "tiny model",
     "7b layers",
-    "sanitizer",
     "attention speed",
     "matrix speed",
     "host costs",
@@ -32,6 +31,7 @@ SECTIONS = [
     "answers, 64 at a time",
     "8-bit weights",
     "flex attention",
+    "sanitizer",
 ]
 INTERPRETED = (
     "check_plan",
