@@ -25,7 +25,7 @@ from pathlib import Path
 from apar.export.checkpoint import Checkpoint
 from apar.export.checkpoint_hints import checkpoint_name
 from apar.export.control_tokens import resolve_tokens
-from apar.export.errors import BuildError
+from apar.export.errors import AparError, BuildError
 from apar.export.manifest import MANIFEST_NAME, DraftHeads, Manifest, TensorRtEngine
 from apar.export.onnx_engine import installed_version, longest_context
 from apar.export.output_directory import OutputDirectory, sync
@@ -47,6 +47,7 @@ DTYPES = ("float16", "bfloat16")
 LOG_NAME = "build.log"
 KERNELS_NAME = "apar_gpu.table"
 _SPARE_BYTES = 64 << 20
+_LEAST_CAPABILITY = 8
 _MAX_SLOTS = 2**31 - 1
 _MAX_ELEMENTS = 2**31 - 1
 """Of one tensor: what all of TensorRT's arithmetic on dimensions is sure to bear."""
@@ -133,6 +134,11 @@ def build(
             f"the model's head_dim is {decoder.head_dim}, the GPU kernels have {', '.join(map(str, HEAD_DIMS))}; "
             "build it for another executor (without --format tensorrt)"
         )
+    if options.max_tokens * decoder.vocab_size > _MAX_ELEMENTS:
+        raise BuildError(
+            f"the logits of {options.max_tokens} tokens are more numbers than a tensor of TensorRT holds; give "
+            f"max_tokens of at most {_MAX_ELEMENTS // decoder.vocab_size}"
+        )
     manifest = Manifest(
         decoder=decoder,
         tokens=resolve_tokens(source.config, files, fork_token, child_token),
@@ -200,6 +206,11 @@ def _compile(
     trt = load_tensorrt()
     load_plugins(trt)
     device = CudaDevice(options.device)
+    if int(device.compute_capability.split(".")[0]) < _LEAST_CAPABILITY:
+        raise BuildError(
+            f"{device.name} has compute capability {device.compute_capability}, too old for the GPU kernels, which "
+            f"need {_LEAST_CAPABILITY}.0 or later"
+        )
     device.activate()
     try:
         block_bytes = manifest.decoder.kv_bytes_per_token(manifest.kv_dtype) * manifest.block_size // options.tp_size
@@ -273,6 +284,8 @@ def _pack_kernels(manifest: Manifest, facts: TensorRtEngine, path: Path) -> None
     choice = Choice([manifest.dtype], [manifest.decoder.head_dim], [manifest.block_size], checked=True)
     try:
         entries = [Entry.of(compile_build(build, sm)) for build in choice.builds()]
+    except AparError:
+        raise
     except Exception as error:  # a compiler that does not know the GPU fails in ways of its own
         raise BuildError(
             f"triton cannot compile the GPU kernels for compute capability {facts.compute_capability}: {error}; "

@@ -266,7 +266,7 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
 def _compiled_text(facts: dict[str, Any]) -> str:
     return (
         f"TensorRT {facts['version']} on {facts['device']} (compute capability {facts['compute_capability']}), "
-        f"{facts['max_rows']} rows, {facts['max_tokens']} tokens a step, {facts['tp_size']} GPUs"
+        f"{facts['max_rows']} rows, {facts['max_tokens']} tokens a step, GPUs: {facts['tp_size']}"
     )
 
 

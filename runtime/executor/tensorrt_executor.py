@@ -86,7 +86,7 @@ class TensorRtExecutor(Executor):
             self._library.add_kernels(engine / KERNELS_NAME)
         self._library.check_kernels(found)
         self._memory: list[int] = []
-        self._host: list[npt.NDArray[np.uint8]] = []
+        self._host: dict[int, npt.NDArray[np.uint8]] = {}
         self._stream = 0
         self._session: TensorRtSession | None = None
         self._contexts: list[TensorRtContext] = []
@@ -146,7 +146,7 @@ class TensorRtExecutor(Executor):
                 context = self._contexts[shape.profile]
                 self._bind_step(context, shape, offsets)
                 context.enqueue()
-            host, address = self._logits(shape.profile)
+            host, address = self._logits(shape)
             wanted = host[: inputs.logits_rows.size]
             if wanted.size:
                 self._device.to_host(wanted, address, self._stream)
@@ -202,7 +202,7 @@ class TensorRtExecutor(Executor):
         for address in self._memory:
             self._device.free(address)
         self._memory.clear()
-        for array in self._host:
+        for array in self._host.values():
             self._device.free_host(array)
         self._host.clear()
         if self._stream:
@@ -252,7 +252,7 @@ class TensorRtExecutor(Executor):
 
     def _later_bytes(self) -> int:
         """Memory that is taken after the pools: logits, and Medusa heads if they are asked for."""
-        needed = sum(self._logits_bytes(profile) for profile in (DECODE, MIXED))
+        needed = 2 * 4 * most_tokens(self._facts, DECODE) * self.manifest.decoder.vocab_size
         if self.manifest.draft_heads:
             needed += (self._engine / HEADS_NAME).stat().st_size + TensorRtHeads.bytes_needed(self.manifest)
         return needed
@@ -270,7 +270,7 @@ class TensorRtExecutor(Executor):
 
     def _bind_step(self, context: TensorRtContext, shape: StepShape, offsets: dict[str, int]) -> None:
         addresses = {name: self._indices + offset for name, offset in offsets.items()}
-        addresses["logits"] = self._logits(shape.profile)[1]
+        addresses["logits"] = self._logits(shape)[1]
         if self._hidden:
             addresses["hidden"] = self._hidden
         context.bind(addresses, shape.shapes())
@@ -283,16 +283,21 @@ class TensorRtExecutor(Executor):
         self._bind_step(context, shape, self._staging.offsets(shape)[0])
         return context
 
-    def _logits(self, profile: int) -> tuple[Float32Array, int]:
-        """Host and device memory for the logits of a profile; made when first needed, at one place for good."""
-        if profile not in self._logits_memory:
-            size = self._logits_bytes(profile)
-            host = self._allocate_host(size).view(np.float32).reshape(-1, self.manifest.decoder.vocab_size)
-            self._logits_memory[profile] = host, self._allocate(size)
-        return self._logits_memory[profile]
-
-    def _logits_bytes(self, profile: int) -> int:
-        return 4 * most_tokens(self._facts, profile) * self.manifest.decoder.vocab_size
+    def _logits(self, shape: StepShape) -> tuple[Float32Array, int]:
+        """Host and device memory for a step's logits: at one place for good where steps are captured, else grown."""
+        vocab = self.manifest.decoder.vocab_size
+        rows = most_tokens(self._facts, DECODE) if shape.profile == DECODE else shape.logits
+        held = self._logits_memory.get(shape.profile)
+        if held is None or rows > len(held[0]):
+            if held is not None:
+                rows = min(2 * rows, self._facts.max_tokens)
+                del self._logits_memory[shape.profile]
+                self._device.free_host(self._host.pop(held[0].ctypes.data))
+                self._memory.remove(held[1])
+                self._device.free(held[1])
+            host = self._allocate_host(4 * rows * vocab).view(np.float32).reshape(-1, vocab)
+            held = self._logits_memory[shape.profile] = host, self._allocate(4 * rows * vocab)
+        return held
 
     def _allocate(self, size: int) -> int:
         address = self._device.allocate(size)
@@ -301,7 +306,7 @@ class TensorRtExecutor(Executor):
 
     def _allocate_host(self, size: int) -> npt.NDArray[np.uint8]:
         array = self._device.allocate_host(size)
-        self._host.append(array)
+        self._host[array.ctypes.data] = array
         return array
 
 

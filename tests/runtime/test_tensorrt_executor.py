@@ -206,6 +206,7 @@ def test_ctrl_c_ends_a_build(
         ({"kv_fraction": 0.0}, "kv_fraction 0.0"),
         ({"kv_fraction": 1e-9}, "holds no block"),
         ({"tp_size": 3}, "cannot be split over 3 ranks"),
+        ({"max_tokens": 2**24}, "give max_tokens of at most 8"),
     ],
 )
 def test_options_that_cannot_be_are_refused(
@@ -224,6 +225,18 @@ def test_a_head_size_without_kernels_is_refused(tmp_path: Path) -> None:
     make_checkpoint(tmp_path / "checkpoint")
     with pytest.raises(BuildError, match="head_dim is 16, the GPU kernels have 64, 80, 96, 128"):
         build(tmp_path / "checkpoint", tmp_path / "engine", OPTIONS)
+
+
+def test_a_gpu_that_is_too_old_is_refused(
+    checkpoint: tuple[Path, torch.nn.Module],
+    double: tensorrt_double.Double,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("FAKE_CUDA_CAPABILITY", "75")
+    with pytest.raises(BuildError, match=r"Fake GPU has compute capability 7\.5, too old for the GPU kernels"):
+        build(checkpoint[0], tmp_path / "engine", OPTIONS)
+    assert not (tmp_path / "engine").exists()
 
 
 def test_graphs_alone_need_no_tensorrt(checkpoint: tuple[Path, torch.nn.Module], tmp_path: Path) -> None:
@@ -265,6 +278,26 @@ def test_random_lives_of_branches_give_the_references_logits(
     finally:
         executor.close()
         executor.close()
+    assert double.cuda.fake_cuda_allocations() == 0
+
+
+def test_memory_of_prompts_logits_grows(
+    engine: Path,
+    checkpoint: tuple[Path, torch.nn.Module],
+    double: tensorrt_double.Double,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    most = {DECODE: 4, MIXED: OPTIONS.max_tokens}
+    monkeypatch.setattr(tensorrt_step, "most_tokens", lambda engine, profile: most[profile])
+    executor = load_executor(engine, "tensorrt", num_blocks=BLOCKS)
+    books = Books(BLOCKS, SIZE)
+    for count in (5, 30, 12, 150):
+        step = books.step([Row(books.add(range(3, 3 + count)), count)], wanted="all")
+        assert step.inputs.logits_rows.size == count
+        logits = executor.execute(step.inputs)
+        np.testing.assert_allclose(logits, expected(checkpoint[1], step.paths), rtol=0, atol=2 * FLOAT16)
+        books = Books(BLOCKS, SIZE)
+    executor.close()
     assert double.cuda.fake_cuda_allocations() == 0
 
 
