@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import pytest
+
 from apar.runtime.serving.gateway.app import Gateway
 from apar.runtime.serving.gateway.listener import Listener, bind
 from apar.runtime.serving.gateway.settings import GatewaySettings
@@ -58,6 +60,34 @@ def test_silent_and_slow_connections_are_closed() -> None:
             assert idle.startswith(b"HTTP/1.1 200"), "answered, and closed when unused for too long"
 
     asyncio.run(run())
+
+
+def test_rude_clients_are_no_defects(caplog: pytest.LogCaptureFixture) -> None:
+    """They leave in the middle of a body, or send what is no HTTP: neither a 500 nor a line in the log."""
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
+
+    async def run() -> None:
+        async with listening() as port:
+            for left in (head + b"Content-Length: 100\r\n\r\n{", head + b"Transfer-Encoding: chunked\r\n\r\n5\r\n{"):
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.write(left.replace(b"Host: x", b"Host: x\r\nExpect: 100-continue"))
+                assert b" 100 " in await asyncio.wait_for(reader.readline(), 60)  # its body is being read
+                writer.close()
+            assert (await exchange(port, b"GARBAGE\r\n\r\n")).startswith(b"HTTP/1.0 400")
+            assert b" 400 " in await exchange(port, head + b"Content-Length: x\r\n\r\n")
+            bad = await exchange(port, head + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n{")
+            assert b" 400 " in bad.partition(b"\r\n")[0], bad
+            counted = b""
+            for _ in range(100):
+                ask = b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+                counted = await exchange(port, ask)
+                if b"apar:gateway_disconnects_total 2.0" in counted:
+                    break
+                await asyncio.sleep(0.05)
+            assert b"apar:gateway_disconnects_total 2.0" in counted and b'status="500"' not in counted
+
+    asyncio.run(run())
+    assert not caplog.records
 
 
 def test_number_of_connections_is_bounded() -> None:

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from apar.runtime.serving.gateway.admission import Admission
-from apar.runtime.serving.gateway.errors import ApiError
+from apar.runtime.serving.gateway.errors import ApiError, from_triton
 from apar.runtime.serving.gateway.reading_logprobs import ReadingLogprobs
-from apar.runtime.serving.model_responses import BranchStep
+from apar.runtime.serving.model_responses import BranchStep, model_error
 
 
 def entry(branch: int, token: str) -> dict[str, Any]:
@@ -71,3 +71,21 @@ class TestAdmission:
             assert caught.value.status == 503 and caught.value.retry_after
 
         asyncio.run(run())
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("text", "status", "code"),
+        [
+            ("invalid_request: the prompt is empty", 400, None),
+            ("overloaded: later", 429, "overloaded"),
+            ("deadline_exceeded: too late", 504, "deadline_exceeded"),
+            # Triton's own, about itself: the client's request was well-formed.
+            ("Stub process 'apar_0_0' is not healthy.", 503, "engine_unavailable"),
+            ("Request for unknown model: 'apar' has no available versions", 503, "engine_unavailable"),
+        ],
+    )
+    def test_of_the_server(self, text: str, status: int, code: str | None) -> None:
+        error = from_triton(model_error(text))
+        assert (error.status, error.code) == (status, code)
+        assert (error.retry_after is not None) == (status in (429, 503))

@@ -115,6 +115,10 @@ class Gateway:
                 error.status, _said(error, request), code="not_found" if error.status == 404 else None
             ).response()
             status = error.status
+        except (ConnectionError, aiohttp.ClientConnectionError):  # while its body was read; nobody hears the answer
+            status = 499
+            self.metrics.disconnects.inc()
+            response = web.Response(status=status)
         except asyncio.CancelledError:
             status = 499
             self.metrics.disconnects.inc()

@@ -19,9 +19,10 @@ _OF_CODE = {
     "deadline_exceeded": (504, "server_error", "deadline_exceeded"),
     "cancelled": (499, "server_error", "cancelled"),
     "internal": (500, "server_error", "internal_error"),
-    "": (400, "invalid_request_error", None),
+    "": (503, "server_error", "engine_unavailable"),
 }
-"""HTTP status, OpenAI's type and code for each code of the model."""
+"""HTTP status, OpenAI's type and code for each code of the model. An error of the server's own has none: what the
+gateway sends is well-formed, so something is wrong with the server, which is started again if it stays so."""
 
 
 class ApiError(AparError):

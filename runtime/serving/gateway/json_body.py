@@ -8,6 +8,7 @@ from itertools import accumulate
 from typing import Any, NoReturn
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from apar.runtime.serving.gateway.errors import ApiError
 
@@ -33,6 +34,8 @@ async def read_json(request: web.Request, max_bytes: int, max_depth: int, second
         raise ApiError(408, f"the body did not arrive within {seconds:g} s", close=True) from None
     except web.HTTPRequestEntityTooLarge:
         raise too_large from None
+    except (web.RequestPayloadError, HttpProcessingError) as error:
+        raise ApiError(400, f"the body is not as its headers say: {error}", close=True) from None
     if depth(body, max_depth) > max_depth:
         raise ApiError(400, f"the body is nested deeper than {max_depth} levels", code="json_too_deep")
     return parse(body)

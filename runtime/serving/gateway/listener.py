@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from apar.export.errors import ServingError
 from apar.runtime.serving.gateway.app import Gateway
@@ -31,6 +33,18 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
+class _Defects(logging.Filter):
+    """Leaves out what clients do wrong: whoever sends no HTTP must not fill the log."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether a record of aiohttp's is about something of ours."""
+        return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
+
+
+logger = logging.getLogger("apar.serving.http")
+logger.addFilter(_Defects())
+
+
 class Listener:
     """Runs a gateway on a listening socket."""
 
@@ -47,6 +61,7 @@ class Listener:
             auto_decompress=False,
             shutdown_timeout=0.0,
             lingering_time=LINGER_SECONDS,
+            logger=logger,
         )
         self._unused: dict[asyncio.BaseProtocol, asyncio.TimerHandle] = {}
         """Connections that have brought no request yet, and when that becomes too long."""
