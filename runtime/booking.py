@@ -72,6 +72,25 @@ class Booking:
         self._grow(report, step.sampled, step.counters, step.groups, tokens, failed, steps=1)
         return report
 
+    def book_runs(self, step: Step, slots: IntArray, counts: Int32Array, tokens: Int32Array) -> StepReport:
+        """Begin to book a step that ran with `counts` [n] plain `tokens`, one after the other, of branches in `slots`
+        [n]: tokens from which nothing follows, far from every limit. `book_round` books the rest."""
+        table, requests = self.table, self.requests
+        table.computed[step.rows] += step.pending
+        self.lifecycle.step_index += 1
+        requests.steps[step.groups.owners] += 1
+        report = StepReport(self.lifecycle.step_index)
+        length = table.length[slots]
+        place = np.repeat(length - (np.cumsum(counts) - counts), counts) + np.arange(tokens.size)
+        table.tokens[np.repeat(slots, counts), place] = tokens
+        table.first_step[slots[length == table.start[slots]]] = report.step
+        table.length[slots] = length + counts
+        np.subtract.at(requests.remaining, table.request[slots], counts)
+        for slot, count in zip(slots.tolist(), counts.tolist(), strict=True):
+            report.branches += [table.branches[slot]] * count
+        report.tokens = tokens.tolist()
+        return report
+
     def book_round(self, slots: IntArray, tokens: Int32Array, failed: Sequence[int] = ()) -> StepReport:
         """Book further tokens [n] of branches in `slots`, sampled behind accepted drafts of the same step."""
         report = StepReport(self.lifecycle.step_index)

@@ -24,7 +24,9 @@ from apar.runtime.sampler import Sampler, SampleResult
 from apar.runtime.sampling_params import SamplingParams
 from apar.runtime.scheduler import Scheduler
 from apar.runtime.speculative.options import DraftOptions
+from apar.runtime.speculative.runs import Runs
 from apar.runtime.speculative.speculation import Speculation, make_speculation
+from apar.runtime.speculative.verification import Verification
 from apar.runtime.step import Float32Array, Int32Array, IntArray
 from apar.runtime.step_cost import FittedStepCost, StepCost
 from apar.runtime.step_writer import Step
@@ -125,8 +127,9 @@ class Engine:
 
         A step that raises ends the requests in it with an error; the engine goes on.
 
-        read: is shown every token as soon as it is booked, before the next of the same branch, and may end branches.
-            A step with drafts has several rounds, each with at most one token a branch; others have one.
+        read: is shown every token as soon as it is booked, and may end branches. A step with drafts has several rounds,
+            each with at most one token a branch; others have one. Only what a request without stop strings says along
+            a draft may be shown at once, several tokens of a branch in their order.
         """
         now = self.clock()
         expired = self.scheduler.expire(now)
@@ -156,8 +159,14 @@ class Engine:
             logits = execute(step.inputs)
             executed = time.perf_counter()
             self.model_seconds += executed - scheduled
+            drafts = self.scheduler.speculation
+            verification = runs = None
+            if drafts is not None and not drafts.is_plain(step):
+                verification = drafts.verify(step)
+                if step.drafts is not None and not isinstance(logits, DeviceLogits):
+                    runs = drafts.runs(verification, logits, self.sampler)
             first = logits if step.drafts is None else _first_rows(logits, step.sampled.size)
-            sampled = self._sample(first, step.sampled, step.counters, step.fork_banned)
+            sampled = self._sample(first, step.sampled, step.counters, step.fork_banned) if runs is None else None
         except Exception as error:
             self.failed_steps += 1
             logger.exception("a step failed; the %d branches in it end with an error", step.rows.size)
@@ -166,11 +175,14 @@ class Engine:
         self.sample_seconds += done - executed
         # A device may still compute when `logits` returns; the sampler waits for it.
         self.scheduler.observe(step, done - scheduled)
-        self.scheduler.count_denials(step.sampled, sampled.denied)
-        drafts = self.scheduler.speculation
-        if drafts is not None and not drafts.is_plain(step):
-            report = self._verify(step, logits, first, sampled, drafts, read)
+        if sampled is not None:
+            self.scheduler.count_denials(step.sampled, sampled.denied)
+        if drafts is not None and verification is not None:
+            found = sampled if runs is None else runs
+            assert found is not None
+            report = self._verify(step, logits, verification, drafts, found, read)
         else:
+            assert sampled is not None
             self.failed_steps = 0
             self._keep_logprobs(step.sampled, sampled)
             if drafts is not None:
@@ -187,23 +199,29 @@ class Engine:
         self,
         step: Step,
         logits: Float32Array | DeviceLogits,
-        first: Float32Array | DeviceLogits,
-        sampled: SampleResult,
+        verification: Verification,
         drafts: Speculation,
+        first: SampleResult | Runs,
         read: Reader | None,
     ) -> StepReport:
-        """Book the tokens of a step, `sampled` from its `first` logits, then those behind accepted drafts, round after
-        round."""
+        """Book what came first of a step, the rows' next tokens or whole runs; then the tokens behind accepted drafts,
+        round after round."""
         began, sampling, guessing = time.perf_counter(), 0.0, drafts.drafter.model_seconds
         scheduler, table = self.scheduler, self.scheduler.table
         requests = scheduler.requests_in(step)
-        verification = drafts.verify(step)
         rows = np.arange(step.sampled.size)
-        drafts.judge(verification, rows, first, self.sampler, sampled.tokens)
-        self._keep_logprobs(step.sampled, sampled)
-        total = self._tell(scheduler.commit(step, sampled.tokens, sampled.failed), read)
+        if isinstance(first, Runs):
+            total = scheduler.commit_runs(step, verification.slots[first.rows], first.counts, first.tokens)
+            self._tell(total, read)
+            rows = drafts.follow(verification, first)
+        else:
+            judged = logits if isinstance(logits, DeviceLogits) else logits[: rows.size]
+            drafts.judge(verification, rows, judged, self.sampler, first.tokens)
+            self._keep_logprobs(step.sampled, first)
+            total = self._tell(scheduler.commit(step, first.tokens, first.failed), read)
+            rows = drafts.advance(verification, rows)
         try:
-            while (rows := drafts.advance(verification, rows)).size:
+            while rows.size:
                 slots = verification.slots[rows]
                 length = table.length[slots]
                 banned = scheduler.fork_bans(slots)
@@ -215,6 +233,7 @@ class Engine:
                 drafts.judge(verification, rows, wanted, self.sampler, sampled.tokens)
                 self._keep_logprobs(slots, sampled)
                 total.extend(self._tell(scheduler.commit_round(slots, sampled.tokens, sampled.failed), read))
+                rows = drafts.advance(verification, rows)
             drafts.settle(step, verification, total)
             self.failed_steps = 0
         except Exception as error:

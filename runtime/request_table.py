@@ -37,6 +37,8 @@ class RequestTable:
         """Some branch lacks K/V that it needs before all can sample."""
         self.stop_tokens = np.zeros(capacity, dtype=bool)
         """Tokens other than end-of-sequence may end its branches."""
+        self.stop_strings = np.zeros(capacity, dtype=bool)
+        """What its branches say may end them between two tokens."""
         self.budget = np.zeros(capacity, dtype=np.int32)
         """`max_tokens`: what `remaining` began with."""
         self.prompt = np.zeros(capacity, dtype=np.int32)
@@ -68,6 +70,7 @@ class RequestTable:
         self.max_branches[index] = min(params.max_branches, max_branches)
         self.catching_up[index] = False
         self.stop_tokens[index] = bool(params.stop_token_ids)
+        self.stop_strings[index] = bool(params.stop)
         return index
 
     def remove(self, request: Request) -> None:

@@ -123,6 +123,10 @@ class Sampler:
         """bool [L]: rows that take the largest logit instead of drawing."""
         return (self._flags[slots] & RANDOM) == 0
 
+    def is_bare(self, slots: Int32Array | IntArray) -> BoolArray:
+        """bool [L]: rows that take the largest logit and have no rules but the bans of control tokens."""
+        return self._flags[slots] == 0
+
     def sample(
         self,
         logits: Float32Array | DeviceLogits,

@@ -238,6 +238,10 @@ class Scheduler:
         self.catching.settle()
         return report
 
+    def commit_runs(self, step: Step, slots: IntArray, counts: Int32Array, tokens: Int32Array) -> StepReport:
+        """Begin to book a step with runs: `counts` [n] `tokens` each of `slots` [n] from which nothing follows."""
+        return self._booking.book_runs(step, slots, counts, tokens)
+
     def commit_round(self, slots: IntArray, tokens: Int32Array, failed: Sequence[int] = ()) -> StepReport:
         """Book further tokens of the same step: `tokens` [n] were sampled behind accepted drafts of `slots` [n]."""
         report = self._booking.book_round(slots, tokens, failed)

@@ -78,6 +78,11 @@ def run_planned(engine: Engine, step: Step) -> None:
     speculation = engine.scheduler.speculation
     assert speculation is not None
     logits = engine.executor.execute(step.inputs)
-    first = logits[: step.sampled.size].copy()
-    sampled = engine._sample(first, step.sampled, step.counters, step.fork_banned)
-    engine._verify(step, logits, first, sampled, speculation, None)
+    verification = speculation.verify(step)
+    runs = None if step.drafts is None else speculation.runs(verification, logits, engine.sampler)
+    if runs is None:
+        first = logits[: step.sampled.size]
+        sampled = engine._sample(first, step.sampled, step.counters, step.fork_banned)
+        engine._verify(step, logits, verification, speculation, sampled, None)
+    else:
+        engine._verify(step, logits, verification, speculation, runs, None)

@@ -59,6 +59,8 @@ class Reach:
     """[R] most tokens that each may grow by."""
     together: BoolArray
     """[R] rows that go on to a further token only if all live branches of their request do."""
+    free: BoolArray
+    """[R] rows for whose request no limit can be met in this step."""
 
 
 class Horizon:
@@ -85,27 +87,33 @@ class Horizon:
         groups = RowGroups.of(table.request[rows])
         allowance = np.full(rows.size, self.max_advance, dtype=np.int32)
         if not rows.size:
-            return Reach(rows, allowance, np.zeros(0, dtype=bool))
+            return Reach(rows, allowance, np.zeros(0, dtype=bool), np.zeros(0, dtype=bool))
         owners, starts = groups.owners, groups.starts
         clock = table.length[rows] - table.clock_base[rows]
         slowest = np.minimum.reduceat(clock, starts)
         level = slowest == requests.clock[owners]
         if not drafting and level.all():
-            return Reach(rows, np.ones(rows.size, dtype=np.int32), np.zeros(rows.size, dtype=bool))
+            nobody = np.zeros(rows.size, dtype=bool)
+            return Reach(rows, np.ones(rows.size, dtype=np.int32), nobody, nobody)
         alone = (requests.live[owners] == 1) & level
         free = alone if alone.all() else alone | self._certified(rows, groups, clock, slowest)
         if free.all():
-            return Reach(rows, allowance, np.zeros(rows.size, dtype=bool))
+            return Reach(rows, allowance, np.zeros(rows.size, dtype=bool), np.ones(rows.size, dtype=bool))
         catching = np.repeat(~free & ~level, groups.sizes)
         together = np.repeat(~free & level, groups.sizes)
         behind = np.repeat(requests.clock[owners], groups.sizes) - clock
         allowance[catching] = np.minimum(behind, self.max_advance)[catching]
         taking = allowance > 0
-        return Reach(rows[taking], allowance[taking], together[taking])
+        return Reach(rows[taking], allowance[taking], together[taking], np.repeat(free, groups.sizes)[taking])
 
     def advanced(self, slots: IntArray) -> None:
         """Note that the branches in `slots` are about to grow by a token."""
         clock = self.table.length[slots] - self.table.clock_base[slots] + 1
+        np.maximum.at(self.requests.clock, self.table.request[slots], clock)
+
+    def advanced_to(self, slots: IntArray) -> None:
+        """Note how far the branches in `slots` have grown."""
+        clock = self.table.length[slots] - self.table.clock_base[slots]
         np.maximum.at(self.requests.clock, self.table.request[slots], clock)
 
     def _certified(self, rows: IntArray, groups: RowGroups, clock: Int32Array, slowest: Int32Array) -> BoolArray:

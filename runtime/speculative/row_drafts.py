@@ -22,6 +22,8 @@ class RowDrafts:
     """[M] their tokens, row after row."""
     together: BoolArray
     """[R] rows that accept a draft only if all live branches of their request do."""
+    free: BoolArray
+    """[R] rows for whose request no limit can be met in this step."""
 
     def pad(self, rows: int) -> None:
         """Take in rows that draft nothing, up to `rows`."""
@@ -29,6 +31,7 @@ class RowDrafts:
         if more:
             self.sizes = np.concatenate((self.sizes, np.zeros(more, dtype=np.int32)))
             self.together = np.concatenate((self.together, np.zeros(more, dtype=bool)))
+            self.free = np.concatenate((self.free, np.zeros(more, dtype=bool)))
 
     def nodes(self) -> IntArray:
         """[M] which node of the tree each of the tokens is."""

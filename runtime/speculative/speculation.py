@@ -23,6 +23,7 @@ from apar.runtime.speculative.ngram import NgramDrafter
 from apar.runtime.speculative.options import DraftOptions
 from apar.runtime.speculative.pace import Pace
 from apar.runtime.speculative.row_drafts import RowDrafts
+from apar.runtime.speculative.runs import Runs, find_runs
 from apar.runtime.speculative.tree import DraftTree
 from apar.runtime.speculative.typical import typical_token
 from apar.runtime.speculative.verification import Verification
@@ -104,7 +105,7 @@ class Speculation:
         sizes = self.budget.sizes(rows, limits, budget, taken)
         if not sizes.any():
             return None
-        return RowDrafts(tree, sizes, self.drafter.tokens(rows, sizes), reach.together)
+        return RowDrafts(tree, sizes, self.drafter.tokens(rows, sizes), reach.together, reach.free)
 
     def _budget(self, taken: int, max_step_tokens: int) -> int:
         """Draft nodes that a step with `taken` other tokens may have."""
@@ -146,6 +147,33 @@ class Speculation:
     def verify(self, step: Step) -> Verification:
         """To follow the drafts of a step that ran. To be asked for before the step is booked."""
         return Verification(step, self.table, self.requests, self.blocks, self.tokens.fork)
+
+    def runs(self, verification: Verification, logits: Float32Array, sampler: Sampler) -> Runs | None:
+        """What the rows of a step with drafts say without consequences, to be booked together; None if that is nothing.
+
+        logits: [L, V] of the whole step. To be asked for before the step is booked.
+        """
+        table, requests = self.table, self.requests
+        slots, owners = verification.slots, table.request[verification.slots]
+        ready = verification.free & sampler.is_bare(slots)
+        ready &= ~(requests.stop_strings[owners] | requests.stop_tokens[owners])
+        if not ready.any():
+            return None
+        # The token at which a branch has to end is not without consequences.
+        left = np.minimum(table.limit[slots] - table.length[slots], requests.remaining[owners])
+        room = np.where(ready, np.maximum(left - 1, 0), 0)
+        runs = find_runs(verification, logits, self.tokens, room, sampler.vocab_size)
+        return runs if runs.rows.size else None
+
+    def follow(self, verification: Verification, runs: Runs) -> IntArray:
+        """Runs have been booked; returns the rows that sample in this step."""
+        slots = verification.slots[runs.rows]
+        self.horizon.advanced_to(slots)
+        drafted = verification.sizes[runs.rows] > 0
+        if drafted.any():
+            self.budget.learn(slots[drafted], runs.accepted[drafted] > 0)
+        verification.run(runs.rows, runs.accepted, runs.nodes)
+        return runs.going
 
     def judge(
         self,

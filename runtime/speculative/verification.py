@@ -47,21 +47,28 @@ class Verification:
         drafts: RowDrafts | None = step.drafts
         sizes = np.zeros(count, dtype=np.int32)
         self._together = np.zeros(count, dtype=bool)
+        self.free = np.zeros(count, dtype=bool)
+        """[S] rows for whose request no limit can be met in the step."""
         self.tokens = np.zeros(0, dtype=np.int32)
         """[M] draft tokens, row after row."""
         parents = np.zeros(0, dtype=np.int64)
         if drafts is not None:
             # Rows with drafts are level, so all of them sample; their places among the sampled rows:
-            sizes, self._together = drafts.sizes, drafts.together
+            sizes, self._together, self.free = drafts.sizes, drafts.together, drafts.free
             if step.rows is not self.slots:
                 inside = np.isin(step.rows, self.slots)
-                sizes, self._together = sizes[inside], self._together[inside]
+                sizes, self._together, self.free = sizes[inside], self._together[inside], self.free[inside]
             self.tokens, parents = drafts.tokens, drafts.tree.parent
         self.sizes = sizes
         self._row = np.repeat(np.arange(count), sizes)
         self._node = np.arange(self._row.size) - np.repeat(np.cumsum(sizes) - sizes, sizes)
         self._parent = parents[self._node]
         self._here = np.full(count, -1, dtype=np.int64)
+
+    def behind(self) -> dict[tuple[int, int, int], tuple[int, int]]:
+        """(row, node that it stands at or -1, token) -> the node that holds the token there: its place, itself."""
+        keys = zip(self._row.tolist(), self._parent.tolist(), self.tokens.tolist(), strict=True)
+        return dict(zip(keys, enumerate(self._node.tolist()), strict=True))
 
     def live(self, rows: IntArray) -> IntArray:
         """Those of `rows` whose branches live."""
@@ -81,6 +88,22 @@ class Verification:
     def guesses(self, row: int) -> Int32Array:
         """Draft tokens that may come where a row stands."""
         return self.tokens[(self._row == row) & (self._parent == self._here[row])]
+
+    def run(self, rows: IntArray, accepted: IntArray, nodes: IntArray) -> None:
+        """Runs of `rows` [n] have been booked, along `accepted` [n] `nodes`, given as places [sum of accepted]."""
+        if not nodes.size:
+            return
+        slots = self.slots[rows]
+        owner = np.repeat(np.arange(rows.size), accepted)
+        order = np.arange(nodes.size) - np.repeat(np.cumsum(accepted) - accepted, accepted)
+        source = self._length[rows][owner] + self._node[nodes]
+        self.blocks.move(slots[owner], source, self.table.computed[slots][owner] + order)
+        self.table.computed[slots] += accepted.astype(np.int32)
+        self.accepted[rows] += accepted
+        some = accepted > 0
+        last = nodes[np.cumsum(accepted)[some] - 1]
+        self._here[rows[some]] = self._node[last]
+        self.wanted[rows[some]] = self.slots.size + last
 
     def follow(self, rows: IntArray, guessed: IntArray) -> IntArray:
         """Of live `rows` whose tokens have been booked, those that sample once more; `wanted` says from where."""
