@@ -96,12 +96,12 @@ class StepWriter:
             drafts.pad(num_rows)
             pending = counts - drafts.sizes
             last = last - drafts.sizes
-            places, nodes = drafts.places(query_start), drafts.nodes()
+            places = drafts.places(query_start)
             ids = table.tokens[token_rows, np.minimum(index, table.tokens.shape[1] - 1)]
             ids[places] = drafts.tokens
             positions = index.copy()
-            positions[places] = np.repeat(length, drafts.sizes) - 1 + drafts.tree.depth[nodes]
-            if not drafts.tree.linear:
+            positions[places] = length[drafts.rows] - 1 + drafts.tree.depth[drafts.nodes]
+            if not drafts.linear:
                 mask = drafts.tree_mask(query_start, index - np.repeat(computed, counts))
         complete = computed + pending == length
         if resuming:

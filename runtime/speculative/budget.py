@@ -74,8 +74,9 @@ class DraftBudget:
             return first
         level = np.minimum((self.skill[slots] * LEVELS).astype(np.int64), LEVELS - 1)
         # Rows with room for a node, by level and node.
-        room = np.zeros((LEVELS, self.tree.size + 1), dtype=np.int64)
-        np.add.at(room, (level, np.minimum(limits, self.tree.size)), 1)
+        width = self.tree.size + 1
+        room = np.bincount(level * width + np.minimum(limits, self.tree.size), minlength=LEVELS * width)
+        room = room.reshape(LEVELS, width)
         takers = room[:, ::-1].cumsum(axis=1)[:, ::-1][:, 1:]
         wanting_each = takers[self._levels, self._nodes]
         spent = np.cumsum(wanting_each)
@@ -84,8 +85,8 @@ class DraftBudget:
             budget = self._paying(slots.size, taken, spent, promised, budget)
             self._promised = float(promised[max(0, int(np.searchsorted(spent, budget, side="right")) - 1)])
         stop = int(np.searchsorted(spent, budget, side="right"))
-        granted = np.zeros(LEVELS, dtype=np.int32)
-        np.maximum.at(granted, self._levels[:stop], (self._nodes[:stop] + 1).astype(np.int32))
+        # Nodes of a level stand in order.
+        granted = np.bincount(self._levels[:stop], minlength=LEVELS)
         sizes: Int32Array = np.minimum(granted[level], limits).astype(np.int32)
         if stop < self._levels.size:
             # The node that no longer fits all rows of its level goes to the first of them.

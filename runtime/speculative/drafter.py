@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from apar.runtime.booking import StepReport
 from apar.runtime.branch import Branch
+from apar.runtime.speculative.options import MAX_NODES
 from apar.runtime.speculative.tree import DraftTree
 from apar.runtime.step import Int32Array, IntArray
 
@@ -21,6 +22,8 @@ class Drafter(ABC):
     tree: DraftTree
     model_seconds: float = 0.0
     """Time spent in the executor."""
+    most: int = MAX_NODES
+    """Nodes that the next draft of a branch will not exceed."""
 
     @abstractmethod
     def available(self, slots: IntArray) -> Int32Array:

@@ -48,11 +48,13 @@ class MedusaDrafter(Drafter):
         """Heads with guesses, by slot."""
         self._length = np.full(table.capacity, -1, dtype=np.int32)
         """Path length behind which the guesses belong."""
+        self._size = np.zeros(table.capacity, dtype=np.int32)
+        """Nodes that the guesses suffice for, as far as their ranks go."""
 
     def available(self, slots: IntArray) -> Int32Array:
         """See Drafter.available."""
         depth = np.where(self._length[slots] == self.table.length[slots], self._depth[slots], 0)
-        return self.tree.upto_depth[depth]
+        return np.minimum(self.tree.upto_depth[depth], self._size[slots])
 
     def tokens(self, slots: IntArray, sizes: Int32Array) -> Int32Array:
         """See Drafter.tokens."""
@@ -68,7 +70,9 @@ class MedusaDrafter(Drafter):
         began = time.perf_counter()
         logits = self.executor.draft_logits(wanted)[:, : tree.max_depth, : self.vocab_size]
         self.model_seconds += time.perf_counter() - began
-        self._guesses[slots] = self._best(logits, table.fork_limit[slots] < 0)
+        ranks = int(np.searchsorted(tree.upto_rank, min(self.most, tree.size)))
+        self._guesses[slots, :, :ranks] = self._best(logits, table.fork_limit[slots] < 0, ranks)
+        self._size[slots] = size = tree.upto_rank[ranks]
         self._depth[slots] = tree.max_depth
         self._length[slots] = table.length[slots]
         for child in children:
@@ -77,9 +81,12 @@ class MedusaDrafter(Drafter):
             if parent.slot >= 0 and child.slot >= 0 and tree.max_depth > 1:
                 self._guesses[child.slot, :-1] = self._guesses[parent.slot, 1:]
                 self._depth[child.slot] = tree.max_depth - 1
+                self._size[child.slot] = size
                 self._length[child.slot] = table.length[child.slot]
 
-    def _best(self, logits: Float32Array, no_fork: np.ndarray[tuple[int, ...], np.dtype[np.bool_]]) -> Int32Array:
+    def _best(
+        self, logits: Float32Array, no_fork: np.ndarray[tuple[int, ...], np.dtype[np.bool_]], ranks: int
+    ) -> Int32Array:
         """[n, depth, ranks] likeliest tokens of each head, [Child] never, [Fork] not where a branch cannot fork.
 
         Overwrites `logits`.
@@ -87,7 +94,6 @@ class MedusaDrafter(Drafter):
         logits[:, :, self.tokens_of.child] = -np.inf
         if no_fork.any():
             logits[no_fork, :, self.tokens_of.fork] = -np.inf
-        ranks = self._guesses.shape[2]
         best = np.empty((*logits.shape[:2], ranks), dtype=np.int32)
         rows, heads = np.ogrid[: logits.shape[0], : logits.shape[1]]
         for rank in range(ranks):

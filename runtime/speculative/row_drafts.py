@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -24,6 +24,14 @@ class RowDrafts:
     """[R] rows that accept a draft only if all live branches of their request do."""
     free: BoolArray
     """[R] rows for whose request no limit can be met in this step."""
+    rows: IntArray = field(init=False)
+    """[M] which row each of the tokens belongs to,"""
+    nodes: IntArray = field(init=False)
+    """[M] and which node of the tree it is."""
+
+    def __post_init__(self) -> None:
+        self.rows = np.repeat(np.arange(self.sizes.size), self.sizes)
+        self.nodes = np.arange(self.tokens.size) - (np.cumsum(self.sizes) - self.sizes)[self.rows]
 
     def pad(self, rows: int) -> None:
         """Take in rows that draft nothing, up to `rows`."""
@@ -33,23 +41,22 @@ class RowDrafts:
             self.together = np.concatenate((self.together, np.zeros(more, dtype=bool)))
             self.free = np.concatenate((self.free, np.zeros(more, dtype=bool)))
 
-    def nodes(self) -> IntArray:
-        """[M] which node of the tree each of the tokens is."""
-        starts = np.cumsum(self.sizes) - self.sizes
-        nodes: IntArray = np.arange(self.tokens.size) - np.repeat(starts, self.sizes)
-        return nodes
+    @property
+    def linear(self) -> bool:
+        """Whether no row drafted more than a chain, so that causal order is the mask."""
+        return self.tree.linear or int(self.sizes.max()) <= self.tree.chain
 
     def places(self, query_start: Int32Array) -> IntArray:
         """[M] where the tokens stand among all tokens of the step: at the end of their rows."""
-        places: IntArray = np.repeat(query_start[1:] - self.sizes, self.sizes) + self.nodes()
+        places: IntArray = (query_start[1:] - self.sizes)[self.rows] + self.nodes
         return places
 
     def tree_mask(self, query_start: Int32Array, offsets: Int32Array) -> Int32Array:
         """`tree_mask` [T, W] of the step, `offsets` [T] being the tokens' places in their rows. A chain needs none."""
         counts = np.diff(query_start)
         mask = causal_masks(offsets, -(-int(counts.max()) // 32))
-        places, nodes = self.places(query_start), self.nodes()
-        pending = np.repeat(counts - self.sizes, self.sizes)
+        places, nodes = self.places(query_start), self.nodes
+        pending = (counts - self.sizes)[self.rows]
         for behind in np.unique(pending).tolist():
             chosen = pending == behind
             rows = self.tree.masks(behind)[nodes[chosen], : mask.shape[1]]

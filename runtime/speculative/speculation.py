@@ -229,7 +229,8 @@ class Speculation:
         self._start_skills(slots[step.counters[rows] == 0], children)
         drafting = self.pace.choose(rows.size + len(children))
         # As many rows as fill a step leave nothing to draft for: heads are not run in vain.
-        going = rows if drafting and self._budget(rows.size, rows.size + 1) > 0 else rows[:0]
+        self.drafter.most = self._budget(rows.size, self.tree.size + rows.size)
+        going = rows if drafting and self.drafter.most > 0 else rows[:0]
         self.drafter.learn(report, verification.slots[going], verification.wanted[going], children)
 
     def _start_skills(self, began: IntArray, children: list[Branch]) -> None:

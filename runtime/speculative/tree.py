@@ -44,11 +44,17 @@ class DraftTree:
         """[N] product of `rank_share` along the path."""
         self.max_depth = int(self.depth.max())
         self.max_rank = int(self.rank.max())
-        self.linear = all(rank == 0 for path in order for rank in path)
-        """A chain of single guesses: causal order is its mask."""
+        in_line = (self.parent == np.arange(self.size) - 1) & (self.rank == 0)
+        self.chain = self.size if in_line.all() else int(in_line.argmin())
+        """How many of the first nodes are a chain of single guesses."""
+        self.linear = self.chain == self.size
+        """All of them are: causal order is the mask."""
         deeper = [np.flatnonzero(self.depth > depth) for depth in range(self.max_depth + 1)]
         self.upto_depth: Int32Array = np.array([d[0] if d.size else self.size for d in deeper], np.int32)
         """[max_depth + 1] length of the longest prefix without a node below that depth."""
+        wider = [np.flatnonzero(self.rank >= ranks) for ranks in range(self.max_rank + 2)]
+        self.upto_rank: Int32Array = np.array([w[0] if w.size else self.size for w in wider], np.int32)
+        """[max_rank + 2] length of the longest prefix that needs no more guesses of a head than so many."""
         self._masks: dict[int, Int32Array] = {}
 
     def masks(self, pending: int) -> Int32Array:

@@ -60,8 +60,11 @@ class Verification:
                 sizes, self._together, self.free = sizes[inside], self._together[inside], self.free[inside]
             self.tokens, parents = drafts.tokens, drafts.tree.parent
         self.sizes = sizes
-        self._row = np.repeat(np.arange(count), sizes)
-        self._node = np.arange(self._row.size) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        if drafts is not None and step.rows is self.slots:
+            self._row, self._node = drafts.rows, drafts.nodes
+        else:
+            self._row = np.repeat(np.arange(count), sizes)
+            self._node = np.arange(self._row.size) - np.repeat(np.cumsum(sizes) - sizes, sizes)
         self._parent = parents[self._node]
         self._here = np.full(count, -1, dtype=np.int64)
 
