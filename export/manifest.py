@@ -208,14 +208,17 @@ class Manifest:
             heads = data.get("draft_heads")
             tensorrt = data.get("tensorrt")
             rest = {k: v for k, v in data.items() if k not in ("decoder", "tokens", "draft_heads", "tensorrt")}
-            return cls(
+            manifest = cls(
                 decoder=DecoderConfig(**decoder),
                 tokens=TokenIds(**tokens),
                 draft_heads=None if heads is None else DraftHeads(**heads),
                 tensorrt=None if tensorrt is None else TensorRtEngine(**tensorrt),
                 **rest,
             )
-        except (KeyError, TypeError, ValueError) as error:
+            for part in (manifest, manifest.decoder, manifest.tokens):
+                _check_types(part)
+            return manifest
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise EngineError(
                 f"{path} does not follow the manifest schema ({error}); build the engine again"
             ) from error
@@ -230,3 +233,25 @@ class Manifest:
                     f"engine file {path} has {path.stat().st_size} bytes, the manifest says {size}; "
                     "copy the engine again or build it again"
                 )
+
+
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    "int": int, "float": (int, float), "str": str, "bool": bool, "int | None": (int, type(None)),
+    "dict[str, int]": dict,
+}  # fmt: skip
+_NONE_BELOW_1 = ("block_size", "vocab_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "max_context")
+
+
+def _check_types(part: Any) -> None:
+    """Raise TypeError or ValueError where a field that came from JSON is not what its dataclass declares."""
+    for declared in dataclasses.fields(part):
+        value, wanted = getattr(part, declared.name), _TYPES.get(str(declared.type))
+        if wanted is not None and (not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool)):
+            raise TypeError(f"{declared.name} is {value!r}")
+        if declared.name in _NONE_BELOW_1 and value < 1:
+            raise ValueError(f"{declared.name} is {value}")
+    if isinstance(part, Manifest):
+        if part.dtype not in DTYPES or part.kv_dtype not in KV_DTYPES or part.quantize not in QUANTIZATIONS:
+            raise ValueError(f"types are {part.dtype}, {part.kv_dtype} and {part.quantize}")
+        if not all(isinstance(size, int) for size in part.files.values()):
+            raise TypeError(f"files is {part.files!r}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,12 @@ class AsyncLLM:
             self._listeners[answer.request.request_id] = listener
             return answer.request.request_id
 
-        own_id = await asyncio.wrap_future(self._loop.call(submit))
+        submitted = self._loop.call(submit)
+        try:
+            own_id = await asyncio.wrap_future(submitted)
+        except asyncio.CancelledError:
+            self._loop.post(lambda: self._withdraw(submitted))
+            raise
         try:
             while True:
                 for item in await listener.take():
@@ -135,6 +141,11 @@ class AsyncLLM:
 
     async def __aexit__(self, *exception: object) -> None:
         await self.close()
+
+    def _withdraw(self, submitted: Future[str]) -> None:
+        """The same of a request whose caller went away while it was being queued: the engine may have it already."""
+        if not submitted.cancelled() and submitted.exception() is None:
+            self._drop(submitted.result())
 
     def _drop(self, request_id: str) -> None:
         """Forget a listener that went away, and cancel its request if it still runs."""

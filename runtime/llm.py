@@ -12,15 +12,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import threading
+import weakref
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from apar.export.errors import RequestError
+from apar.export.errors import EngineStoppedError, RequestError
 from apar.export.manifest import Manifest
 from apar.runtime.answer import Answer
 from apar.runtime.engine import Engine
+from apar.runtime.engine_loop import CLOSED
 from apar.runtime.engine_source import resolve_engine
 from apar.runtime.executor import Executor, load_executor
 from apar.runtime.limits import SchedulerLimits
@@ -32,7 +35,7 @@ from apar.runtime.tokenizer import Tokenizer
 
 
 class LLM:
-    """An engine on this machine, driven by the calling thread.
+    """An engine on this machine, driven by the calling thread. Calls of several threads decode side by side.
 
     Args:
         engine: an engine directory, a Hugging Face checkpoint directory (built once into the cache
@@ -56,6 +59,9 @@ class LLM:
     ) -> None:
         self.engine_directory = resolve_engine(engine)
         self._text = load_text_engine(self.engine_directory, executor, limits, draft=draft, **options)
+        self._turn = threading.RLock()
+        """Held for a step, and for whatever else touches the engine; not while a caller's own code runs."""
+        self._closed = False
 
     @property
     def manifest(self) -> Manifest:
@@ -91,16 +97,14 @@ class LLM:
             on_event: called with every branch event while decoding.
 
         Returns one result for each prompt, in order; one whose steps failed has `finish_reason` "error".
-        Raises RequestError if a prompt or its parameters are not acceptable; nothing has run then.
+        Raises RequestError if a prompt or its parameters are not acceptable; nothing has run then. Raises
+        EngineStoppedError after `close`.
         """
         answers = self._submit_all(prompts, params, chat, timeout, listens=on_event is not None)
         try:
-            while not self._text.idle:
-                for answer in self._text.step():
-                    if on_event is not None:
-                        for event in answer.events:
-                            on_event(event)
-                        answer.events.clear()
+            for event in self._events(answers):
+                if on_event is not None:
+                    on_event(event)
         finally:
             self._abandon(answers)
         return [answer.output() for answer in answers]
@@ -119,26 +123,48 @@ class LLM:
         Raises RequestError at the call, not at the first item.
         """
         answers = self._submit_all([prompt], params, chat, timeout, listens=True)
-        return self._stream(answers)
+        stream = self._stream(answers)
+        # A generator that was never begun runs no `finally` when it goes.
+        weakref.finalize(stream, self._abandon, answers).atexit = False
+        return stream
 
-    def _stream(self, answers: list[Answer]) -> Iterator[BranchEvent | RequestOutput]:
-        answer = answers[0]
+    def _stream(self, answers: list[Answer]) -> Generator[BranchEvent | RequestOutput, None, None]:
         try:
-            while not self._text.idle:
-                self._text.step()
-                events, answer.events = answer.events, []
-                yield from events
-            yield answer.output()
+            yield from self._events(answers)
+            yield answers[0].output()
         finally:
             self._abandon(answers)
 
+    def _events(self, answers: list[Answer]) -> Generator[BranchEvent, None, None]:
+        """Step until these answers are finished; whoever waits for others finds their events in them."""
+        while True:
+            with self._turn:
+                self._check_open()
+                over = self._text.idle or all(answer.finished for answer in answers)
+                if not over:
+                    self._text.step()
+                events = [event for answer in answers for event in answer.events]
+                for answer in answers:
+                    answer.events.clear()
+            yield from events
+            if over:
+                return
+
     def stats(self) -> dict[str, Any]:
-        """Gauges and counters of the scheduler, the KV pool and the loop."""
-        return self._text.stats()
+        """Gauges and counters of the scheduler, the KV pool and the loop. Raises EngineStoppedError after `close`."""
+        with self._turn:
+            self._check_open()
+            return self._text.stats()
 
     def close(self) -> None:
-        """Free the engine. Idempotent."""
-        self._text.close()
+        """Free the engine. Idempotent; calls that still run raise EngineStoppedError."""
+        with self._turn:
+            self._closed = True
+            self._text.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineStoppedError(CLOSED)
 
     def __enter__(self) -> LLM:
         return self
@@ -155,8 +181,11 @@ class LLM:
         listens: bool,
     ) -> list[Answer]:
         batch = as_batch(prompts)
+        given: object = params  # callers without a type checker pass anything
         if params is None or isinstance(params, SamplingParams):
             each = [params or SamplingParams()] * len(batch)
+        elif not isinstance(given, Sequence):
+            raise RequestError(f"params must be SamplingParams or a list of them, not {type(given).__name__}")
         else:
             each = list(params)
             if len(each) != len(batch):
@@ -167,7 +196,8 @@ class LLM:
         arrived = self._text.engine.clock()
         try:
             for i, (prompt, own) in enumerate(zip(batch, each, strict=True)):
-                with _naming_prompt(i, len(batch)):
+                with _naming_prompt(i, len(batch)), self._turn:
+                    self._check_open()
                     ids = self._text.encode(prompt, chat)
                     answers.append(self._text.submit(ids, own, listens=listens, arrived=arrived, timeout=timeout))
         except BaseException:
@@ -177,8 +207,10 @@ class LLM:
 
     def _abandon(self, answers: list[Answer]) -> None:
         """Cancel what an exception or a closed iterator left unfinished."""
-        for answer in answers:
-            self._text.cancel(answer.request.request_id)
+        with self._turn:
+            if not self._closed:
+                for answer in answers:
+                    self._text.cancel(answer.request.request_id)
 
 
 def load_text_engine(

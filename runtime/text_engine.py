@@ -74,6 +74,9 @@ class TextEngine:
 
         Raises RequestError if it is not acceptable or its id is in use.
         """
+        given: object = params  # callers without a type checker pass anything
+        if not isinstance(given, SamplingParams):
+            raise RequestError(f"params must be SamplingParams, not {type(given).__name__}")
         if request_id is None:
             request_id = f"request-{next(self._numbers)}"
         if request_id in self._by_id:

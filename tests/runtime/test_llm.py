@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import gc
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -258,6 +260,61 @@ def test_an_exception_in_the_callback_leaves_a_clean_engine(llm: LLM, lists: lis
     assert llm.generate([lists[0]], PARAMS)[0].finish_reason == "stop"
 
 
+def test_calls_of_several_threads_decode_side_by_side(llm: LLM, lists: list[Any]) -> None:
+    expected = [output.text for output in llm.generate(lists, PARAMS)]
+    heard: list[set[str]] = [set() for _ in lists]
+
+    def ask(number: int) -> RequestOutput:
+        return llm.generate([lists[number]], PARAMS, on_event=lambda event: heard[number].add(event.request_id))[0]
+
+    with ThreadPoolExecutor(len(lists)) as threads:
+        outputs = list(threads.map(ask, range(len(lists))))
+    assert [output.text for output in outputs] == expected
+    assert heard == [{output.request_id} for output in outputs]  # nobody hears another's events
+
+
+def test_a_callback_may_ask_too(llm: LLM, lists: list[Any]) -> None:
+    inner: list[RequestOutput] = []
+
+    def ask(event: BranchEvent) -> None:
+        if isinstance(event, ForkEvent) and not inner:
+            inner.extend(llm.generate([lists[1]], PARAMS))
+
+    outer = llm.generate([lists[0]], PARAMS, on_event=ask)
+    assert [outer[0].text, inner[0].text] == [output.text for output in llm.generate(lists[:2], PARAMS)]
+
+
+def test_a_stream_that_was_never_begun_runs_nothing(llm: LLM, lists: list[Any]) -> None:
+    stream = llm.stream(lists[0], ENDLESS)
+    assert llm.stats()["waiting_requests"] == 1
+    del stream
+    gc.collect()
+    assert llm.stats()["waiting_requests"] == 0
+
+
+def test_a_closed_engine_says_so(tiny_engine: Path, lists: list[Any]) -> None:
+    llm = LLM(tiny_engine, num_blocks=600)
+    stream = llm.stream(lists[0], PARAMS)
+    next(stream)
+    llm.close()
+    llm.close()
+    calls: list[Callable[[], object]] = [
+        lambda: llm.generate(lists[0], PARAMS),
+        lambda: llm.stream(lists[0], PARAMS),
+        lambda: next(stream),
+        llm.stats,
+    ]
+    for call in calls:
+        with pytest.raises(EngineStoppedError, match="has been closed; create a new one"):
+            call()
+
+
+def test_parameters_of_another_kind(llm: LLM) -> None:
+    for params, message in (({"max_tokens": 5}, "not dict"), ([{"max_tokens": 5}], "not dict"), (5, "not int")):
+        with pytest.raises(RequestError, match=rf"params must be SamplingParams.*{message}"):
+            llm.generate("Hello.", params)  # type: ignore[arg-type]
+
+
 def test_a_failing_step_is_an_error_result(llm: LLM, lists: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(inputs: object) -> None:
         raise ExecutorError("out of luck")
@@ -351,6 +408,23 @@ class TestAsync:
                 await killed
 
         self.run(tiny_engine, scenario)
+
+    def test_a_task_cancelled_at_any_moment_leaves_no_request(self, tiny_engine: Path, lists: list[Any]) -> None:
+        """Also while the request is on its way to the engine, where nobody would ever read its answer."""
+
+        async def run() -> None:
+            async with AsyncLLM(tiny_engine, num_blocks=600) as llm:
+                for pause in (0.0, 0.0, 0.001, 0.01):
+                    tasks = [asyncio.create_task(llm.generate(prompt, ENDLESS)) for prompt in lists]
+                    await asyncio.sleep(pause)
+                    for task in tasks:
+                        task.cancel()
+                    done = await asyncio.gather(*tasks, return_exceptions=True)
+                    assert all(isinstance(result, asyncio.CancelledError) for result in done)
+                    stats = await llm.stats()
+                    assert stats["running_requests"] == stats["waiting_requests"] == stats["kv_blocks_used"] == 0
+
+        asyncio.run(run())
 
     def test_deadlines(self, tiny_engine: Path, lists: list[Any]) -> None:
         async def scenario(model: AsyncLLM) -> None:
