@@ -51,10 +51,18 @@ constexpr int64_t kLeastParallel = 1 << 17;
 // Inputs below this many numbers are prepared by the calling thread.
 constexpr int64_t kLeastParallelInputs = 1 << 15;
 // Weights of a task: small enough to even out threads of unequal speed, large enough to be streamed.
-constexpr int64_t kTaskBytes = 256 << 10;
-constexpr int64_t kLeastTasks = 8;
+constexpr int64_t kTaskBytes = 128 << 10;
+// A task has at least so many tiles where there are enough: a single token's kernel goes through four at once.
+constexpr int64_t kTaskTiles = 4;
+// Tasks come in multiples of this, so that each of 2, 4 or 8 threads has as many.
+constexpr int64_t kEvenTasks = 8;
 
 int64_t up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+int64_t tasks_of(const AparLinear& op) {
+  const int64_t most = std::max(std::min(op.tiles, kEvenTasks), op.tiles / kTaskTiles / kEvenTasks * kEvenTasks);
+  return std::min(most, up(op.tiles * op.tile_bytes / kTaskBytes + 1, kEvenTasks));
+}
 
 const LinearTable& table_of(Isa isa) {
 #if defined(__x86_64__)
@@ -166,11 +174,7 @@ class Call {
       const bool together = call_.num_tokens > 1 && call_.num_tokens * op_.params.in_features >= kLeastParallelInputs;
       each(together ? parallel_for : nullptr, context, &run_prepare, call_.num_tokens);
     }
-    tasks_ = 1;
-    if (parallel_for != nullptr) {
-      const int64_t pieces = std::max(kLeastTasks, op_.tiles * op_.tile_bytes / kTaskBytes);
-      tasks_ = std::min(op_.tiles, pieces);
-    }
+    tasks_ = parallel_for != nullptr ? tasks_of(op_) : 1;
     each(parallel_for, context, &run_multiply, tasks_);
   }
 
