@@ -27,8 +27,6 @@ The rules:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import numpy.typing as npt
 
@@ -71,75 +69,61 @@ def make_plan(
         written = np.zeros(slot_mapping.size + 1, np.int64)
         np.cumsum(slot_mapping >= 0, out=written[1:])
         real = written[ends] > written[starts]
+    # Own tiles: row, first token, tokens, first token of the row.
     in_row: IntArray | int = 0
     if int(counts.max(initial=0)) <= sizes.tile_tokens:
-        own_tiles, tile_row = real.astype(np.int64), np.flatnonzero(real)
-        begin = first = starts[tile_row]
-        count = counts[tile_row]
+        own_tiles: IntArray | npt.NDArray[np.bool_] = real
+        tile_row = np.flatnonzero(real)
+        everyone = tile_row.size == counts.size
+        begin = first = starts if everyone else starts[tile_row]
+        number = count = counts if everyone else counts[tile_row]
+        seen = context if everyone else context[tile_row]
     else:
-        own_tiles = np.where(real, -(-counts // sizes.tile_tokens), 0)
-        tile_row = np.repeat(np.arange(counts.size), own_tiles)
-        in_row = (np.arange(tile_row.size) - (np.cumsum(own_tiles) - own_tiles)[tile_row]) * sizes.tile_tokens
-        first = starts[tile_row]
+        several = np.where(real, -(-counts // sizes.tile_tokens), 0)
+        own_tiles = several
+        tile_row = np.repeat(np.arange(counts.size), several)
+        in_row = (np.arange(tile_row.size) - (np.cumsum(several) - several)[tile_row]) * sizes.tile_tokens
+        first, number, seen = starts[tile_row], counts[tile_row], context[tile_row]
         begin = first + in_row
-        count = np.minimum(counts[tile_row] - in_row, sizes.tile_tokens)
-    seen = context[tile_row]
-    key_end = seen + (counts[tile_row] if masked else in_row + count)
-    tiles = _Tiles(tile_row, begin, count, np.zeros(tile_row.size, np.int64), key_end, seen, first)
+        count = np.minimum(number - in_row, sizes.tile_tokens)
+
     passes = None
     if share and sizes.splits:
         passes = _prefix_passes(sizes, starts, ends, context, real, own_tiles, prefix_rows, prefix_blocks, block_size)
     prefixes = 0
     if passes is not None:
         first_row, end_row, keys = passes
-        shared = np.zeros(counts.size + 1, np.int64)
+        prefix_begin = starts[first_row]
+        prefix_tokens = ends[end_row - 1] - prefix_begin
+        tiles = -(-prefix_tokens // sizes.tile_tokens)
+        group = np.repeat(np.arange(tiles.size), tiles)
+        prefixes = group.size
+    # A tile is an item until its keys are cut.
+    table = plan[PLAN_HEADER : PLAN_HEADER + ITEM_FIELDS * (prefixes + tile_row.size)].reshape(-1, ITEM_FIELDS)
+    own = table[prefixes:]
+    own[:, 0], own[:, 1], own[:, 2] = begin, count, tile_row
+    own[:, 4], own[:, 5], own[:, 6] = seen + (number if masked else in_row + count), seen, first
+    if passes is not None:
+        shared = np.zeros(counts.size + 1, np.int32)
         # Groups do not overlap: each adds its keys where it begins and takes them back where it ends.
         shared[first_row] = keys
         np.subtract.at(shared, end_row, keys)
-        tiles.key_begin = np.cumsum(shared)[tile_row]
-        tiles, prefixes = _with_prefixes(sizes, tiles, starts[first_row], ends[end_row - 1], first_row, keys)
-    _write(plan, sizes, tiles, prefixes)
+        own[:, 3] = np.cumsum(shared)[tile_row]
+        offset = (np.arange(prefixes) - (np.cumsum(tiles) - tiles)[group]) * sizes.tile_tokens
+        front = table[:prefixes]
+        front[:, 6] = prefix_begin[group]
+        front[:, 0] = front[:, 6] + offset
+        front[:, 1] = np.minimum(prefix_tokens[group] - offset, sizes.tile_tokens)
+        front[:, 2] = first_row[group]
+        front[:, 4] = front[:, 5] = keys[group]
+    _cut(plan, sizes, table, prefixes)
     return plan
 
 
-@dataclass(slots=True)
-class _Tiles:
-    """Columns [n] of tiles, named as an item's fields are above."""
-
-    row: IntArray
-    begin: IntArray
-    count: IntArray
-    key_begin: IntArray
-    key_end: IntArray
-    seen: IntArray
-    first: IntArray
-
-
-def _with_prefixes(
-    sizes: StepSizes, own: _Tiles, begin: IntArray, end: IntArray, first_row: IntArray, keys: IntArray
-) -> tuple[_Tiles, int]:
-    """The tiles of prefix passes over tokens `begin` to `end`, and `own` behind them; how many the former are."""
-    tokens = end - begin
-    number = -(-tokens // sizes.tile_tokens)
-    group = np.repeat(np.arange(number.size), number)
-    offset = (np.arange(group.size) - (np.cumsum(number) - number)[group]) * sizes.tile_tokens
-    first, keys = begin[group], keys[group]
-    joined = (
-        (first_row[group], own.row),
-        (first + offset, own.begin),
-        (np.minimum(tokens[group] - offset, sizes.tile_tokens), own.count),
-        (np.zeros(group.size, np.int64), own.key_begin),
-        (keys, own.key_end),
-        (keys, own.seen),
-        (first, own.first),
-    )
-    return _Tiles(*map(np.concatenate, joined)), group.size
-
-
-def _write(plan: Int32Array, sizes: StepSizes, tiles: _Tiles, prefixes: int) -> None:
-    """Cut the keys of tiles, the first `prefixes` of which are prefix passes, and write everything to `plan`."""
-    count, key_begin, key_end = tiles.count, tiles.key_begin, tiles.key_end
-    length = key_end - key_begin
+def _cut(plan: Int32Array, sizes: StepSizes, tiles: Int32Array, prefixes: int) -> None:
+    """Cut the keys of `tiles`, the front of the item table, into items; the first `prefixes` are prefix passes."""
+    begin, count, key_begin = tiles[:, 0], tiles[:, 1], tiles[:, 3]
+    length = tiles[:, 4] - key_begin
     chunk = _chunk(length, sizes.budget)
     splits = -(-length // chunk)
     partial = (splits > 1) | (key_begin > 0)
@@ -148,25 +132,13 @@ def _write(plan: Int32Array, sizes: StepSizes, tiles: _Tiles, prefixes: int) -> 
     part_end = np.cumsum(used)
     part = part_end - used
     total = int(splits.sum())
-    items = plan[PLAN_HEADER : PLAN_HEADER + ITEM_FIELDS * total].reshape(-1, ITEM_FIELDS)
-    columns = tiles.begin, count, tiles.row, key_begin, key_end, tiles.seen, tiles.first, np.where(partial, part, -1)
-    if total == splits.size:
-        for i, column in enumerate(columns):
-            items[:, i] = column
-    else:
-        tile = np.repeat(np.arange(splits.size), splits)
-        split = np.arange(total) - (np.cumsum(splits) - splits)[tile]
-        for i, column in enumerate(columns):
-            items[:, i] = column[tile]
-        items[:, 3] += (split * chunk).astype(np.int32)
-        items[:, 4] = np.minimum(items[:, 3] + chunk, items[:, 4])
-        items[:, 7] += np.where(partial[tile], split * count[tile], 0).astype(np.int32)
+    some = part * partial, count * partial, np.where(partial, splits, -1)
+    tiles[:, 7] = np.where(partial, part, -1)
 
     # What each token's tile left for the merge. Tokens of a tile are consecutive.
     parts = plan[PLAN_HEADER + ITEM_FIELDS * sizes.items :].reshape(sizes.tokens, PART_FIELDS)
-    some = part * partial, count * partial, np.where(partial, splits, -1)
     for here, at in ((slice(prefixes, None), 0), (slice(0, prefixes), 3)):
-        n, token = count[here], tiles.begin[here]
+        n, token = count[here], begin[here]
         if n.size == 0:
             continue
         if int(n.max()) == 1:
@@ -179,7 +151,16 @@ def _write(plan: Int32Array, sizes: StepSizes, tiles: _Tiles, prefixes: int) -> 
         for i in range(3):
             parts[token, at + i] = some[i][here][tile]
         parts[token, at] += (within * partial[here][tile]).astype(np.int32)
+
     plan[:4] = total, chunk, part_end[-1] if part_end.size else 0, splits.size
+    if total > splits.size:
+        tile = np.repeat(np.arange(splits.size), splits)
+        split = (np.arange(total) - (np.cumsum(splits) - splits)[tile]).astype(np.int32)
+        items = tiles[tile]
+        items[:, 3] += split * np.int32(chunk)
+        items[:, 4] = np.minimum(items[:, 3] + np.int32(chunk), items[:, 4])
+        items[:, 7] += np.where(partial[tile], split * items[:, 1], 0)
+        plan[PLAN_HEADER : PLAN_HEADER + items.size] = items.ravel()
 
 
 def _prefix_passes(
@@ -188,7 +169,7 @@ def _prefix_passes(
     ends: Int32Array,
     context: Int32Array,
     real: npt.NDArray[np.bool_],
-    own_tiles: IntArray,
+    own_tiles: IntArray | npt.NDArray[np.bool_],
     prefix_rows: Int32Array,
     prefix_blocks: Int32Array,
     block_size: int,
@@ -205,7 +186,7 @@ def _prefix_passes(
     blocks = np.minimum.reduceat(np.where(real, context // block_size, NO_CHUNK), inside)[::2]
     blocks = np.minimum(prefix_blocks[groups], blocks)
     rows = np.add.reduceat(real, inside, dtype=np.int64)[::2]
-    tiles = np.add.reduceat(own_tiles, inside)[::2]
+    tiles = np.add.reduceat(own_tiles, inside, dtype=np.int64)[::2]
     tokens = ends[end - 1] - starts[first]
     keys = blocks.astype(np.int64) * block_size
     saved = (tiles - -(-tokens // sizes.tile_tokens)) * keys
