@@ -157,6 +157,8 @@ class TensorRtExecutor(Executor):
 
     def load_draft_heads(self) -> None:
         """See Executor.load_draft_heads."""
+        if self._closed:
+            raise ExecutorError("the tensorrt executor is closed")
         if self.manifest.draft_heads is None:
             raise ExecutorError(f"{self._engine} has no Medusa heads; {NO_HEADS_REMEDY}")
         if self._heads is None:

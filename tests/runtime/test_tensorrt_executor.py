@@ -464,6 +464,8 @@ def test_heads_are_an_engine_of_their_own(
         executor.draft_logits(np.zeros(25, np.int64))
     assert double.cuda.fake_cuda_allocations() > held
     executor.close()
+    with pytest.raises(ExecutorError, match="closed"):
+        executor.load_draft_heads()
     assert double.cuda.fake_cuda_allocations() == 0
 
 
