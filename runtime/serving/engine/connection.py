@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import struct
 import threading
 from collections.abc import Callable
 
@@ -15,6 +16,9 @@ logger = logging.getLogger(__name__)
 SEND_BUFFER = 32 << 10
 """Bytes that may be under way. Small, so that a slow reader holds the writer up and answers are joined here."""
 RECEIVE_SIZE = 256 << 10
+_PEER: int | None = getattr(socket, "SO_PEERCRED", None)
+_CREDENTIALS = struct.Struct("3i")
+"""Process, user and group of the other side (Linux, unix(7))."""
 
 
 class Connection:
@@ -45,6 +49,17 @@ class Connection:
         self._closing = False
         self._said_all = threading.Event()
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+
+    @property
+    def peer(self) -> int | None:
+        """Process id of the other side, which is valid as long as the connection is open; None where it is unknown."""
+        if _PEER is None:
+            return None
+        try:
+            pid: int = _CREDENTIALS.unpack(self._socket.getsockopt(socket.SOL_SOCKET, _PEER, _CREDENTIALS.size))[0]
+        except OSError:
+            return None
+        return pid or None
 
     def start(self) -> None:
         """Begin to read and to write."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import logging
@@ -34,6 +35,9 @@ GRACE = 3.0
 FIRST_GRACE = 30.0
 """The same before the first owner has come."""
 TICK = 0.5
+MODELS_END = 3.0
+"""Seconds that processes of models have to end when their server is gone; they look for it twice a second."""
+SERVER_GONE = "the server is gone"
 CLOSE_TIMEOUT = 5.0
 MAX_FAILED_STEPS = 5
 """Steps that raised, one after the other, after which the fault is taken to be the engine's, not the requests'."""
@@ -103,6 +107,8 @@ class EngineProcess:
         code = self._watch(settings)
         logger.info("engine process ends: %s", self._reason)
         listener.close()
+        if self._reason == SERVER_GONE:
+            self._end_models()
         if not self._service.close(CLOSE_TIMEOUT):
             code = EXIT_HANGS
         self._clean()
@@ -192,7 +198,7 @@ class EngineProcess:
             elif now > (self._owned + GRACE if self._owned else begun + FIRST_GRACE):
                 self._end("no model of the server needs it any more")
             if not is_alive(self._server["pid"], self._server["started"]):
-                self._end("the server is gone")
+                self._end(SERVER_GONE)
             if self._engine.failed_steps >= MAX_FAILED_STEPS:
                 self._end(f"{MAX_FAILED_STEPS} steps in a row failed")
                 code = EXIT_FAILED
@@ -219,6 +225,20 @@ class EngineProcess:
         if not self._service.loop.post(report):
             self._reporting = False
 
+    def _end_models(self) -> None:
+        """See to it that the models' processes follow their server.
+
+        They end by themselves, but for one that is waiting for the server's answer: it would wait for ever, with
+        Python's lock in its hand, so that no thread of its own can end it.
+        """
+        end = time.monotonic() + MODELS_END
+        while self._service.peers() and time.monotonic() < end:
+            time.sleep(0.05)
+        for pid in self._service.peers():
+            logger.warning("the model's process %d hangs, its server is gone: it is killed", pid)
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+
     def _clean(self) -> None:
         for name in (SOCKET_NAME, PID_NAME):
             (self._directory / name).unlink(missing_ok=True)
@@ -237,11 +257,16 @@ def warm_up(text: TextEngine) -> None:
 
 
 def is_alive(pid: int, started: str) -> bool:
-    """Whether the process `pid` that began at `started` (clock ticks after boot, as in /proc) still runs."""
+    """Whether the process `pid` that began at `started` (clock ticks after boot, as in /proc) still runs.
+
+    It is taken for alive where that cannot be seen now, because too many files are open for example.
+    """
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError):
         return False
+    except OSError:
+        return True
     fields = stat.rpartition(")")[2].split()
     return fields[0] not in "ZX" and fields[19] == started
 

@@ -73,6 +73,12 @@ class Service:
         with self._lock:
             return [connection for connection in self._connections if connection.role == "owner"]
 
+    def peers(self) -> list[int]:
+        """Process ids of the models that are connected."""
+        with self._lock:
+            found = {connection.peer for connection in self._connections}
+        return sorted(pid for pid in found if pid is not None)
+
     def forget(self, connection: Connection) -> None:
         """The other side is gone: end what it asked for."""
         with self._lock:
