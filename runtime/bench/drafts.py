@@ -7,6 +7,7 @@ a machine whose steps are bound by memory up to B tokens.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
 from typing import Any
@@ -48,11 +49,12 @@ class _Verifier(TimedExecutor):
 
 
 def rules(options: DraftOptions) -> dict[str, DraftOptions | None]:
-    """What is compared: no drafts, the rule, and fixed sizes up to the tree's."""
+    """What is compared: no drafts, the rule that fills the budget, the rule by measured time, and fixed sizes."""
     largest = len(options.paths())
     sizes = sorted({min(size, largest) for size in FIXED})
     fixed = {f"fixed {size}": DraftOptions(**_fields(options, num_speculative_tokens=size)) for size in sizes}
-    return {"none": None, "rule": options, **fixed}
+    filled = dataclasses.replace(options, measured=False)
+    return {"none": None, "rule": filled, "measured": dataclasses.replace(options, measured=True), **fixed}
 
 
 def measure_drafts(

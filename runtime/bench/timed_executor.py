@@ -36,6 +36,7 @@ class TimedExecutor(Executor):
         self.num_blocks = executor.num_blocks
         self.detail = executor.detail
         self.memory_bound_tokens = executor.memory_bound_tokens
+        self.mixes_drafts = executor.mixes_drafts
         self.records: list[StepRecord] = []
 
     def execute(self, inputs: StepInputs) -> Float32Array:

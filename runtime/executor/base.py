@@ -34,6 +34,8 @@ class Executor(ABC):
     memory_bound_tokens: int = 16
     """Tokens that a step may have before it costs noticeably more than one: what drafts may fill up. About the
     machine's arithmetic over its memory bandwidth; this is a common CPU's in float32."""
+    mixes_drafts: bool = False
+    """Whether steps whose drafts are all chains may do without `tree_mask` though those of other steps are trees."""
 
     @property
     def step_limits(self) -> tuple[int, int] | None:

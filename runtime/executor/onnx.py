@@ -42,6 +42,7 @@ class OnnxExecutor(Executor):
     """Runs an engine directory with ONNX Runtime."""
 
     name = "onnx"
+    mixes_drafts = True
     graph: str
     """"native" or "portable": what was loaded."""
 

@@ -60,6 +60,7 @@ class TorchExecutor(Executor):
     """Runs an engine's weights, dequantised to float32, with PyTorch on the CPU."""
 
     name = "torch"
+    mixes_drafts = True
 
     def __init__(
         self,

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-TRIAL = 8
-"""Steps that decide between the two ways."""
+BASELINE = 8
+"""Steps without drafts that are measured first,"""
+TRIAL = 16
+"""and steps with them that then decide: how many tokens they give varies."""
 GLIMPSE = 3
 """Steps after which a trial of drafts is given up that goes badly,"""
-BADLY = 0.8
+BADLY = 0.65
 """that is, has this part of the other way's tokens a second."""
 MARGIN = 1.03
 """How much better the other way must be to be taken instead."""
@@ -89,7 +91,7 @@ class Pace:
         if self.measures and rows:
             found = self._of(rows)
             # Measuring begins with the plain way; later a trial takes the way that is not in use.
-            plain_first = not found.judged and found.plain.steps < TRIAL
+            plain_first = not found.judged and found.plain.steps < BASELINE
             self.drafting = not plain_first if not found.judged else found.drafts != found.trying
         return self.drafting
 

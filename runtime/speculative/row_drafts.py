@@ -24,6 +24,8 @@ class RowDrafts:
     """[R] rows that accept a draft only if all live branches of their request do."""
     free: BoolArray
     """[R] rows for whose request no limit can be met in this step."""
+    linear: bool
+    """Whether no row drafted more than a chain, so that causal order is the mask."""
     rows: IntArray = field(init=False)
     """[M] which row each of the tokens belongs to,"""
     nodes: IntArray = field(init=False)
@@ -40,11 +42,6 @@ class RowDrafts:
             self.sizes = np.concatenate((self.sizes, np.zeros(more, dtype=np.int32)))
             self.together = np.concatenate((self.together, np.zeros(more, dtype=bool)))
             self.free = np.concatenate((self.free, np.zeros(more, dtype=bool)))
-
-    @property
-    def linear(self) -> bool:
-        """Whether no row drafted more than a chain, so that causal order is the mask."""
-        return self.tree.linear or int(self.sizes.max()) <= self.tree.chain
 
     def places(self, query_start: Int32Array) -> IntArray:
         """[M] where the tokens stand among all tokens of the step: at the end of their rows."""

@@ -68,6 +68,8 @@ class Speculation:
         self.pace = Pace(measures)
         self.cost = DraftCost()
         self.budget = DraftBudget(self.tree, options.adaptive, table.capacity, cost=self.cost if measures else None)
+        self.mixes_drafts = False
+        """See Executor.mixes_drafts."""
         self._drafting = True
         """Whether the step that runs may draft."""
         self._steady = 0
@@ -105,7 +107,8 @@ class Speculation:
         sizes = self.budget.sizes(rows, limits, budget, taken)
         if not sizes.any():
             return None
-        return RowDrafts(tree, sizes, self.drafter.tokens(rows, sizes), reach.together, reach.free)
+        linear = tree.linear or (self.mixes_drafts and int(sizes.max()) <= tree.chain)
+        return RowDrafts(tree, sizes, self.drafter.tokens(rows, sizes), reach.together, reach.free, linear)
 
     def _budget(self, taken: int, max_step_tokens: int) -> int:
         """Draft nodes that a step with `taken` other tokens may have."""
@@ -276,4 +279,6 @@ def make_speculation(
         drafter = NgramDrafter(table, tree, manifest.tokens, options.prompt_lookup_min, options.prompt_lookup_max)
     executor.expect_drafts(tree.linear)
     step_tokens = executor.memory_bound_tokens
-    return Speculation(options, drafter, table, requests, blocks, manifest.tokens, step_tokens)
+    speculation = Speculation(options, drafter, table, requests, blocks, manifest.tokens, step_tokens)
+    speculation.mixes_drafts = executor.mixes_drafts
+    return speculation

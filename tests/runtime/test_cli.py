@@ -474,7 +474,7 @@ class TestBench:
         arguments += ["--num-speculative-tokens", "4", "--in-flight", "2", *PLAIN]
         result = json.loads(run(capsys, *arguments, "--json")[0])
         assert result["same_texts"]
-        assert [item["rule"] for item in result["runs"]] == ["none", "rule", "fixed 1", "fixed 4"]
+        assert [item["rule"] for item in result["runs"]] == ["none", "rule", "measured", "fixed 1", "fixed 4"]
         none, rule = result["runs"][:2]
         assert none["verified"] == none["tokens"] == rule["tokens"] and rule["steps"] <= none["steps"]
         assert all(item["tokens_per_pass"] <= item["tokens_per_step"] for item in result["runs"])

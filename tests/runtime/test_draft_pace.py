@@ -15,7 +15,7 @@ from apar.runtime.sampling_params import SamplingParams
 from apar.runtime.speculative.budget import DraftBudget
 from apar.runtime.speculative.draft_cost import DraftCost
 from apar.runtime.speculative.options import DraftOptions
-from apar.runtime.speculative.pace import AGAIN, CHECK, GLIMPSE, LATEST, TRIAL, Pace
+from apar.runtime.speculative.pace import AGAIN, BASELINE, CHECK, GLIMPSE, LATEST, TRIAL, Pace
 from apar.runtime.speculative.tree import DraftTree
 from apar.runtime.step import Float32Array, StepInputs
 from apar.runtime.text_engine import TextEngine
@@ -35,15 +35,15 @@ def drive(pace: Pace, steps: int, plain: float, drafted: tuple[float, int], rows
 
 def test_drafts_that_pay_are_used() -> None:
     ways = drive(Pace(True), 4 * CHECK, plain=1.0, drafted=(2.0, 3))
-    assert ways[:TRIAL] == [False] * TRIAL, "the plain way is measured first"
-    assert all(ways[TRIAL : TRIAL + CHECK])
-    assert 0 < ways[TRIAL:].count(False) <= 4 * GLIMPSE, "and now and then again"
+    assert ways[:BASELINE] == [False] * BASELINE, "the plain way is measured first"
+    assert all(ways[BASELINE : BASELINE + CHECK])
+    assert 0 < ways[BASELINE:].count(False) <= 4 * GLIMPSE, "and now and then again"
 
 
 def test_drafts_that_lose_are_given_up_at_once() -> None:
     pace = Pace(True)
     ways = drive(pace, 100_000, plain=1.0, drafted=(4.0, 2))
-    assert ways[: TRIAL + GLIMPSE].count(True) == GLIMPSE
+    assert ways[: BASELINE + TRIAL].count(True) == GLIMPSE
     trials = np.flatnonzero(np.diff(np.array(ways, int)) == 1)
     gaps = np.diff(trials)
     assert gaps[0] >= AGAIN and (np.diff(gaps) >= 0).all() and gaps[-1] <= LATEST + TRIAL
