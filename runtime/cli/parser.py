@@ -42,7 +42,8 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         text = action.help or ""
         plain = action.default in (None, argparse.SUPPRESS, False, [], ())
         if not plain and action.option_strings and "default" not in text:
-            text += " (default: %(default)s)"
+            several = isinstance(action.default, list | tuple)
+            text += f" (default: {' '.join(map(str, action.default))})" if several else " (default: %(default)s)"
         return text
 
 

@@ -102,6 +102,10 @@ class TestUsage:
         out, err = run(capsys, *arguments, "--help")
         assert "usage: apar" in out and not err
 
+    def test_defaults_are_shown_as_they_are_typed(self, capsys: pytest.CaptureFixture[str]) -> None:
+        text = " ".join(run(capsys, "bench", "serve", "--help")[0].split())
+        assert "(default: 1 8 32)" in text
+
     def test_version(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert run(capsys, "--version")[0].startswith("apar ")
 
