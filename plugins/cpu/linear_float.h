@@ -57,7 +57,8 @@ struct FloatLinear {
       x[n] = static_cast<const float*>(call.values) + (token + n) * call.value_stride + at.first * kTogether;
     const char* ahead = at.ahead;
     for (int64_t k = at.first; k < at.last; ++k, w += kLinearTile * kTogether) {
-      for (int t = 0; t < kTiles; ++t) __builtin_prefetch(ahead + t * tile_size * sizeof(Element));
+      // So few tokens that several tiles are taken wait for nothing else: the processor fetches ahead by itself.
+      if (kTiles == 1) __builtin_prefetch(ahead);
       ahead += at.ahead_stride;
       for (int i = 0; i < kTogether; ++i) {
         // One weight vector at a time: registers are few.

@@ -77,7 +77,7 @@ void multiply_block(const LinearCall& call, int64_t tile, int64_t token, int64_t
   at.ahead_stride = (Linear::kStepBytes + groups - 1) / groups;
   for (at.first = 0; at.first < call.steps; at.first = at.last) {
     at.last = at.first + length < call.steps ? at.first + length : call.steps;
-    const char* next = weight + at.first * Linear::kStepBytes + kSegmentBytes / kTiles;
+    const char* next = weight + at.first * Linear::kStepBytes + kSegmentBytes;
     for (int64_t group = 0; group < groups; ++group) {
       const int64_t first = count * group / groups, size = count * (group + 1) / groups - first;
       at.ahead = next + (at.last - at.first) * at.ahead_stride * group;
