@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -26,7 +27,7 @@ from apar.runtime.outputs import DeltaEvent, FinishEvent, ForkEvent
 from apar.runtime.sampling_params import SamplingParams
 from apar.runtime.serving.engine.connection import SEND_BUFFER, Connection
 from apar.runtime.serving.engine.flight import Flight
-from apar.runtime.serving.engine.process import EXIT_HANGS, EngineProcess
+from apar.runtime.serving.engine.process import EXIT_HANGS, EngineProcess, is_alive
 from apar.runtime.serving.engine.request import parse_request
 from apar.runtime.serving.engine.wire import Decoder, Message, encode
 from apar.runtime.tokenizer import Tokenizer
@@ -332,6 +333,18 @@ def test_numbers_are_reported_again_and_again(tmp_path: Path) -> None:
     for _ in range(3):
         process._report()
     assert sent == [{"op": "metrics"}] * 3
+
+
+def test_a_server_that_cannot_be_seen_is_not_taken_for_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = Path(f"/proc/{os.getpid()}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
+    assert is_alive(os.getpid(), started)
+    assert not is_alive(os.getpid(), "1") and not is_alive(2**22 + 1, started)
+
+    def fail(*_: object, **__: object) -> str:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    monkeypatch.setattr(Path, "read_text", fail)
+    assert is_alive(os.getpid(), started)
 
 
 def test_the_last_message_comes_once(tiny_engine: Path) -> None:
