@@ -91,7 +91,10 @@ def main() -> None:
     arguments = parser.parse_args()
     config = shape_config(arguments.shape, arguments.layers) | {"torch_dtype": arguments.dtype}
     output: Path = arguments.output
-    output.mkdir(parents=True)
+    try:
+        output.mkdir(parents=True)
+    except OSError as error:
+        parser.error(f"{output} cannot be made: {error.strerror}; name a directory that does not exist yet")
     (output / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     write_tokenizer(output, arguments.tokenizer)
     element = np.dtype(DTYPES[arguments.dtype][0])

@@ -26,6 +26,8 @@ def test_random_checkpoint_becomes_an_engine(tmp_path: Path) -> None:
     made = run("make_checkpoint.py", source, "--shape", "10m", "--layers", 2, "--max-shard-size", 8_000_000)
     assert made.returncode == 0, made.stderr
     assert len(list(source.glob("model-*-of-*.safetensors"))) > 1
+    once_more = run("make_checkpoint.py", source)
+    assert once_more.returncode == 2 and "cannot be made: File exists; name a directory" in once_more.stderr
     decoder = Checkpoint.open(source).decoder
     assert (decoder.num_layers, decoder.vocab_size) == (2, 32002)
     built = run("build_engine.py", source, "-o", engine, "--quantize", "int4", "--group-size", 64)
