@@ -56,7 +56,7 @@ class Executor(ABC):
         return self.execute(inputs)
 
     def expect_drafts(self, chains: bool) -> None:  # noqa: B027 - most executors have nothing to do
-        """Get ready for steps with drafts: chains, which need no tree mask, or trees. Idempotent."""
+        """Get ready for steps with drafts: chains alone, which need no tree mask, or trees too. Idempotent."""
 
     def load_draft_heads(self) -> None:
         """Get the heads ready; without this call they cost nothing. Idempotent.

@@ -145,7 +145,8 @@ def _run(machine: Machine, executor: CudaExecutor, workload: Workload, *, fork: 
 
 def _draft(engine: Engine, forced: ForcedExecutor) -> RecordedDrafter:
     """Give an engine drafts from the recorded answers."""
-    options = DraftOptions("medusa")
+    # Not by measured time: what this executor's steps take includes the replay.
+    options = DraftOptions("medusa", measured=False)
     tree = DraftTree(options.paths())
     books = engine.scheduler
     drafter = RecordedDrafter(forced.script, books.table, tree, forced.manifest.decoder.vocab_size)

@@ -73,8 +73,10 @@ class Buckets:
         return sorted([*self.decoding, *self.mixed], reverse=True)
 
     def drafts(self, chains: bool) -> list[Bucket]:
-        """Every bucket of steps with drafts that are chains, or trees, the largest first."""
-        return sorted({*self._drafts[not chains, False], *self._drafts[not chains, True]}, reverse=True)
+        """Every bucket of steps with drafts, the largest first. chains: of chains alone; drafts from a tree may be
+        chains too."""
+        kinds = [kind for kind in self._drafts if not (chains and kind[0])]
+        return sorted({bucket for kind in kinds for bucket in self._drafts[kind]}, reverse=True)
 
     def find(self, tokens: int, rows: int, wanted: int, mask_words: int) -> Bucket | None:
         """The first bucket of its kind, by tokens and then rows, that holds such a step; None where there is none."""

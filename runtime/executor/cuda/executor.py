@@ -287,7 +287,7 @@ class CudaExecutor(Executor):
         full = Bucket(tokens, rows, tokens, -(-tokens // 32))
         small = decoder.num_heads // decoder.num_kv_heads <= SMALL_TILE
         tiles = (SMALL_TILE, LARGE_TILE) if small else (LARGE_TILE,)
-        buckets = (*self._buckets.plain, *self._buckets.drafts(chains=True), *self._buckets.drafts(chains=False))
+        buckets = (*self._buckets.plain, *self._buckets.drafts(chains=False))
         return [*(self._layout(full, tile) for tile in tiles), *map(self._layout, buckets)]
 
     def _memory_for(self, layout: Layout) -> StepMemory:
