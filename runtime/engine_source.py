@@ -35,8 +35,8 @@ def resolve_engine(source: str | Path, progress: Progress | None = None) -> Path
     """The engine directory for `source`: an engine, a checkpoint directory, or the word `tiny`.
 
     A checkpoint is built once (default options) into the cache directory and found there again as
-    long as its files have the same names, sizes and times. Raises EngineError where `source` is neither,
-    and what the build raises.
+    long as its files have the same names, sizes and times. Raises EngineError where `source` is neither
+    or there is no cache directory, and what the build raises.
     """
     checkpoint = tiny_checkpoint() if str(source) == TINY and not Path(source).exists() else Path(source)
     if (checkpoint / MANIFEST_NAME).is_file():
@@ -58,7 +58,13 @@ def resolve_engine(source: str | Path, progress: Progress | None = None) -> Path
             logger.warning("the cached engine is damaged and is built again: %s", error)
         else:
             return target
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EngineError(
+            f"the cache directory {target.parent} cannot be made ({error.strerror}); name another one in $APAR_CACHE, "
+            "or build the engine with `apar build CHECKPOINT -o DIR`"
+        ) from error
     onnx_engine.build(checkpoint, target, overwrite=True, progress=progress)
     return target
 

@@ -315,6 +315,14 @@ class TestGenerate:
         assert first == again
         assert "building" in built and "building" not in found
 
+    def test_a_cache_that_cannot_be(
+        self, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv("APAR_CACHE", str(tmp_path / "file"))
+        _, err = run(capsys, "generate", str(checkpoint), "hello", *PLAIN, code=1)
+        assert "cannot be made" in err and "$APAR_CACHE" in err
+
     def test_a_failed_answer_is_1(
         self, engine: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
