@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from faulty_executor import NAME, Control
-from triton_service import WAIT_SECONDS, TritonService, in_threads, process_tree
+from triton_service import TritonService, in_threads, process_tree
 
 from apar.runtime.llm import LLM
 from apar.runtime.sampling_params import SamplingParams
@@ -69,8 +69,9 @@ class Crowd:
         """Requests by what was asked and how it ended, such as `plain: stop`."""
         self.retries: Counter[str] = Counter()
         self.done = 0
-        self._killed: int | None = None
         self._service = service
+        self._restarts = service.metrics()["apar:engine_restarts_total"]
+        self._kills = 0
         self._expected = expected
         self._seed = seed
         self._lock = threading.Lock()
@@ -100,12 +101,10 @@ class Crowd:
         assert self.done == begin + count
 
     def _kill(self) -> None:
-        """Kill the engine that serves now: not one that is dead already."""
-        end = time.monotonic() + WAIT_SECONDS
-        while self._service.engine_pid() in (None, self._killed):
-            assert time.monotonic() < end, "the engine did not come back"
-            time.sleep(0.05)
-        self._killed = self._service.kill_engine()
+        """Kill the engine that serves now: not one that is dead already, nor one that is only starting."""
+        self._service.await_metrics(engine_ready=1, engine_restarts_total=self._restarts + self._kills)
+        self._kills += 1
+        self._service.kill_engine()
 
     def _one(self, name: str) -> None:
         choose = random.Random(name)
