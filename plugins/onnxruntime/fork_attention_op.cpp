@@ -13,8 +13,6 @@ namespace apar {
 namespace ort {
 namespace {
 
-constexpr size_t kMessageSize = 512;
-
 enum Input : size_t {
   kQkv,
   kPastKv,
@@ -57,27 +55,15 @@ struct Kernel {
   AparForkAttention* op;
 };
 
-OrtStatus* failed(AparStatus status, const char* message) {
-  return api->CreateStatus(status == APAR_OUT_OF_MEMORY ? ORT_FAIL : ORT_INVALID_ARGUMENT, message);
-}
-
-OrtStatus* read_int(const OrtKernelInfo* info, const char* name, int32_t* to) {
-  int64_t value = 0;
-  APAR_ORT_TRY(api->KernelInfoGetAttribute_int64(info, name, &value));
-  *to = static_cast<int32_t>(value);
-  if (*to != value) return error((std::string("ForkAttention: attribute ") + name + " exceeds 32 bits").c_str());
-  return nullptr;
-}
-
 OrtStatus* read_params(const OrtKernelInfo* info, Kernel* kernel) {
   AparForkAttentionParams& p = kernel->params;
   // The version first: where it differs, the other attributes may mean something else.
-  APAR_ORT_TRY(read_int(info, "abi_version", &p.abi_version));
+  APAR_ORT_TRY(read_int(info, "ForkAttention", "abi_version", &p.abi_version));
   if (p.abi_version != APAR_ABI_VERSION) return nullptr;
-  APAR_ORT_TRY(read_int(info, "num_heads", &p.num_heads));
-  APAR_ORT_TRY(read_int(info, "num_kv_heads", &p.num_kv_heads));
-  APAR_ORT_TRY(read_int(info, "head_dim", &p.head_dim));
-  APAR_ORT_TRY(read_int(info, "block_size", &p.block_size));
+  APAR_ORT_TRY(read_int(info, "ForkAttention", "num_heads", &p.num_heads));
+  APAR_ORT_TRY(read_int(info, "ForkAttention", "num_kv_heads", &p.num_kv_heads));
+  APAR_ORT_TRY(read_int(info, "ForkAttention", "head_dim", &p.head_dim));
+  APAR_ORT_TRY(read_int(info, "ForkAttention", "block_size", &p.block_size));
   APAR_ORT_TRY(api->KernelInfoGetAttribute_float(info, "scale", &p.scale));
   APAR_ORT_TRY(api->KernelInfoGetAttribute_float(info, "rope_scale", &p.rope_scale));
   size_t count = 0;
@@ -117,12 +103,6 @@ struct Tensor {
   std::array<int64_t, 5> dims;
   ONNXTensorElementDataType type;
 };
-
-std::string shape_text(const int64_t* dims, size_t rank) {
-  std::string text = "[";
-  for (size_t i = 0; i < rank; ++i) text += (i > 0 ? ", " : "") + std::to_string(dims[i]);
-  return text + "]";
-}
 
 OrtStatus* read_input(OrtKernelContext* context, size_t index, Tensor* tensor) {
   const OrtValue* value = nullptr;
@@ -232,26 +212,6 @@ OrtStatus* input_shape(OrtShapeInferContext* context, size_t index, OrtTensorTyp
   return api->GetSymbolicDimensions(*info, names->data(), rank);
 }
 
-OrtStatus* set_shape(OrtShapeInferContext* context, size_t index, ONNXTensorElementDataType type,
-                     std::vector<int64_t> dims, std::vector<const char*> names) {
-  OrtTensorTypeAndShapeInfo* raw = nullptr;
-  APAR_ORT_TRY(api->CreateTensorTypeAndShapeInfo(&raw));
-  const ShapeInfo info(raw);
-  APAR_ORT_TRY(api->SetTensorElementType(raw, type));
-  // Unknown dimensions must be -1 and carry their name apart.
-  for (int64_t& dim : dims) dim = dim < 0 ? -1 : dim;
-  APAR_ORT_TRY(api->SetDimensions(raw, dims.data(), dims.size()));
-  APAR_ORT_TRY(api->SetSymbolicDimensions(raw, names.data(), names.size()));
-  return api->ShapeInferContext_SetOutputTypeShape(context, index, raw);
-}
-
-OrtStatus* attribute(OrtShapeInferContext* context, const char* name, int64_t* value) {
-  const OrtOpAttr* attr = nullptr;
-  APAR_ORT_TRY(api->ShapeInferContext_GetAttribute(context, name, &attr));
-  size_t size = 0;
-  return api->ReadOpAttr(attr, ORT_OP_ATTR_INT, value, sizeof *value, &size);
-}
-
 OrtStatus* ORT_API_CALL infer_shapes(const OrtCustomOp*, OrtShapeInferContext* context) {
   try {
     OrtTensorTypeAndShapeInfo* info = nullptr;
@@ -280,28 +240,18 @@ OrtStatus* ORT_API_CALL infer_shapes(const OrtCustomOp*, OrtShapeInferContext* c
 
 template <ONNXTensorElementDataType kKvType>
 OrtCustomOp make_op() {
-  OrtCustomOp op = {};
-  op.version = kApiVersion;
+  OrtCustomOp op = common_op();
   op.GetName = [](const OrtCustomOp*) -> const char* { return "ForkAttention"; };
-  op.GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return "CPUExecutionProvider"; };
   op.GetInputTypeCount = [](const OrtCustomOp*) -> size_t { return kInputs; };
   op.GetInputType = [](const OrtCustomOp*, size_t index) {
     return index == kQkv ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT
                          : (index == kPastKv ? kKvType : ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32);
   };
   op.GetInputCharacteristic = [](const OrtCustomOp*, size_t) { return INPUT_OUTPUT_REQUIRED; };
-  op.GetInputMemoryType = [](const OrtCustomOp*, size_t) { return OrtMemTypeDefault; };
   op.GetOutputTypeCount = [](const OrtCustomOp*) -> size_t { return kOutputs; };
   op.GetOutputType = [](const OrtCustomOp*, size_t index) {
     return index == kAttn ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT : kKvType;
   };
-  op.GetOutputCharacteristic = [](const OrtCustomOp*, size_t) { return INPUT_OUTPUT_REQUIRED; };
-  op.GetVariadicInputMinArity = [](const OrtCustomOp*) { return 0; };
-  op.GetVariadicInputHomogeneity = [](const OrtCustomOp*) { return 0; };
-  op.GetVariadicOutputMinArity = [](const OrtCustomOp*) { return 0; };
-  op.GetVariadicOutputHomogeneity = [](const OrtCustomOp*) { return 0; };
-  op.GetStartVersion = [](const OrtCustomOp*) { return 1; };
-  op.GetEndVersion = [](const OrtCustomOp*) { return 1; };
   op.CreateKernelV2 = &create_kernel;
   op.KernelComputeV2 = &compute;
   op.KernelDestroy = &destroy_kernel;

@@ -11,16 +11,8 @@ namespace apar {
 namespace ort {
 namespace {
 
-constexpr size_t kMessageSize = 512;
-
 enum Input : size_t { kX, kWeight, kScales, kZeros, kBias, kNorm, kResidual, kInputs };
 constexpr const char* kName[kInputs] = {"x", "weight", "scales", "zeros", "bias", "norm", "residual"};
-
-std::string shape_text(const std::vector<int64_t>& dims) {
-  std::string text = "[";
-  for (size_t i = 0; i < dims.size(); ++i) text += (i > 0 ? ", " : "") + std::to_string(dims[i]);
-  return text + "]";
-}
 
 OrtStatus* wrong(size_t index, const std::string& rule) {
   return error(("Linear: " + std::string(kName[index]) + " " + rule).c_str());
@@ -86,22 +78,6 @@ struct Kernel {
   ~Kernel() { apar_linear_destroy(op); }
 };
 
-OrtStatus* failed(AparStatus status, const char* message) {
-  return api->CreateStatus(status == APAR_OUT_OF_MEMORY ? ORT_FAIL : ORT_INVALID_ARGUMENT, message);
-}
-
-OrtStatus* read_int(const OrtKernelInfo* info, const char* name, int64_t* to) {
-  return api->KernelInfoGetAttribute_int64(info, name, to);
-}
-
-OrtStatus* read_int(const OrtKernelInfo* info, const char* name, int32_t* to) {
-  int64_t value = 0;
-  APAR_ORT_TRY(read_int(info, name, &value));
-  *to = static_cast<int32_t>(value);
-  if (*to != value) return error((std::string("Linear: attribute ") + name + " exceeds 32 bits").c_str());
-  return nullptr;
-}
-
 OrtStatus* weight_type(const OrtKernelInfo* info, ONNXTensorElementDataType* type) {
   OrtTypeInfo* raw = nullptr;
   APAR_ORT_TRY(api->KernelInfo_GetInputTypeInfo(info, kWeight, &raw));
@@ -115,15 +91,15 @@ OrtStatus* weight_type(const OrtKernelInfo* info, ONNXTensorElementDataType* typ
 OrtStatus* read_params(const OrtKernelInfo* info, Kernel* kernel) {
   AparLinearParams& p = kernel->params;
   // The version first: where it differs, everything else may mean something else.
-  APAR_ORT_TRY(read_int(info, "abi_version", &p.abi_version));
+  APAR_ORT_TRY(read_int(info, "Linear", "abi_version", &p.abi_version));
   if (p.abi_version != APAR_LINEAR_ABI_VERSION) return nullptr;
-  APAR_ORT_TRY(read_int(info, "in_features", &p.in_features));
-  APAR_ORT_TRY(read_int(info, "out_features", &p.out_features));
-  APAR_ORT_TRY(read_int(info, "group_size", &p.group_size));
-  APAR_ORT_TRY(read_int(info, "gated", &p.gated));
+  APAR_ORT_TRY(read_int(info, "Linear", "in_features", &p.in_features));
+  APAR_ORT_TRY(read_int(info, "Linear", "out_features", &p.out_features));
+  APAR_ORT_TRY(read_int(info, "Linear", "group_size", &p.group_size));
+  APAR_ORT_TRY(read_int(info, "Linear", "gated", &p.gated));
   APAR_ORT_TRY(api->KernelInfoGetAttribute_float(info, "norm_epsilon", &p.norm_epsilon));
   int64_t bits = 0;
-  APAR_ORT_TRY(read_int(info, "bits", &bits));
+  APAR_ORT_TRY(read_int(info, "Linear", "bits", &bits));
   APAR_ORT_TRY(weight_type(info, &kernel->weight_type));
   switch (kernel->weight_type) {
     case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT:
@@ -226,20 +202,8 @@ OrtStatus* ORT_API_CALL infer_shapes(const OrtCustomOp*, OrtShapeInferContext* c
     std::array<const char*, 2> names;
     APAR_ORT_TRY(api->GetDimensions(x, dims.data(), rank));
     APAR_ORT_TRY(api->GetSymbolicDimensions(x, names.data(), rank));
-    const OrtOpAttr* attribute = nullptr;
-    APAR_ORT_TRY(api->ShapeInferContext_GetAttribute(context, "out_features", &attribute));
-    size_t size = 0;
-    APAR_ORT_TRY(api->ReadOpAttr(attribute, ORT_OP_ATTR_INT, &dims[1], sizeof dims[1], &size));
-    // An unknown dimension must be -1 and carry its name apart.
-    dims[0] = dims[0] < 0 ? -1 : dims[0];
-    names[1] = "";
-    OrtTensorTypeAndShapeInfo* raw = nullptr;
-    APAR_ORT_TRY(api->CreateTensorTypeAndShapeInfo(&raw));
-    const ShapeInfo y(raw);
-    APAR_ORT_TRY(api->SetTensorElementType(raw, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT));
-    APAR_ORT_TRY(api->SetDimensions(raw, dims.data(), rank));
-    APAR_ORT_TRY(api->SetSymbolicDimensions(raw, names.data(), rank));
-    return api->ShapeInferContext_SetOutputTypeShape(context, 0, raw);
+    APAR_ORT_TRY(attribute(context, "out_features", &dims[1]));
+    return set_shape(context, 0, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, {dims[0], dims[1]}, {names[0], ""});
   } catch (const std::exception& problem) {
     return api->CreateStatus(ORT_FAIL, problem.what());
   }
@@ -248,10 +212,8 @@ OrtStatus* ORT_API_CALL infer_shapes(const OrtCustomOp*, OrtShapeInferContext* c
 // ------------------------------------------------------------------ the op
 
 OrtCustomOp make_op() {
-  OrtCustomOp op = {};
-  op.version = kApiVersion;
+  OrtCustomOp op = common_op();
   op.GetName = [](const OrtCustomOp*) -> const char* { return "Linear"; };
-  op.GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return "CPUExecutionProvider"; };
   op.GetInputTypeCount = [](const OrtCustomOp*) -> size_t { return kInputs; };
   // Undefined: any. The weight's type is its format, and an input that is not there has none.
   op.GetInputType = [](const OrtCustomOp*, size_t index) {
@@ -260,16 +222,8 @@ OrtCustomOp make_op() {
   op.GetInputCharacteristic = [](const OrtCustomOp*, size_t index) {
     return index <= kWeight ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
   };
-  op.GetInputMemoryType = [](const OrtCustomOp*, size_t) { return OrtMemTypeDefault; };
   op.GetOutputTypeCount = [](const OrtCustomOp*) -> size_t { return 1; };
   op.GetOutputType = [](const OrtCustomOp*, size_t) { return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT; };
-  op.GetOutputCharacteristic = [](const OrtCustomOp*, size_t) { return INPUT_OUTPUT_REQUIRED; };
-  op.GetVariadicInputMinArity = [](const OrtCustomOp*) { return 0; };
-  op.GetVariadicInputHomogeneity = [](const OrtCustomOp*) { return 0; };
-  op.GetVariadicOutputMinArity = [](const OrtCustomOp*) { return 0; };
-  op.GetVariadicOutputHomogeneity = [](const OrtCustomOp*) { return 0; };
-  op.GetStartVersion = [](const OrtCustomOp*) { return 1; };
-  op.GetEndVersion = [](const OrtCustomOp*) { return 1; };
   op.CreateKernelV2 = &create_kernel;
   op.KernelComputeV2 = &compute;
   op.KernelDestroy = &destroy_kernel;
