@@ -166,6 +166,11 @@ def _render_template(messages: Sequence[ChatMessage], tokenizer: Tokenizer, sour
         text = _compile(source).render(
             messages=covered, add_generation_prompt=True, tools=None, documents=None, **special
         )
+    except jinja2.TemplateSyntaxError as error:
+        raise RequestError(
+            f"the checkpoint's chat template is broken: {error.message} (its line {error.lineno}); "
+            "correct it and build the engine again"
+        ) from error
     except Exception as error:  # a template can fail in any way that Python can
         raise RequestError(f"the checkpoint's chat template refuses this conversation: {error}") from error
 

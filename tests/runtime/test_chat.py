@@ -144,10 +144,11 @@ def test_the_environment_of_templates() -> None:
     ("source", "message"),
     [
         ("{{ raise_exception('only one turn') }}", "only one turn"),
-        ("{% if %}", "refuses"),
+        ("{% if %}", "template is broken"),
         ("{{ messages[9].content.x.y }}", "refuses"),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "refuses"),
         ("{{ messages.append(1) }}", "refuses"),
+        ("{{ messages }}\n{% for %}", r"template is broken: .* \(its line 2\); correct it"),
     ],
 )
 def test_a_template_that_fails(source: str, message: str) -> None:
