@@ -82,7 +82,11 @@ class TritonService:
 
     def __enter__(self) -> TritonService:
         self.start()
-        self.await_ready()
+        try:
+            self.await_ready()
+        except BaseException:
+            self.end()
+            raise
         return self
 
     def __exit__(self, *exception: object) -> None:
