@@ -119,6 +119,8 @@ class Booking:
             return
         requests.remaining[groups.owners] -= groups.sizes
         requests.steps[groups.owners] += steps
+        self.lifecycle.counters.tokens += slots.size
+        self.lifecycle.counters.request_steps += steps * groups.owners.size
         owners = groups.requests
         exhausted = requests.remaining[owners] <= 0
         surplus: list[int] = []

@@ -19,6 +19,10 @@ class SchedulerCounters:
     """Children born."""
     forks_denied: dict[ForkDenial, int] = field(default_factory=dict)
     """Steps of branches whose likeliest token was a banned [Fork], by reason; a reason that never applied is absent."""
+    tokens: int = 0
+    """Tokens sampled."""
+    request_steps: int = 0
+    """Steps, each counted once for every request that sampled in it."""
     pauses: int = 0
     """Steps that running branches sat out because others took the rows."""
     parked: int = 0
