@@ -73,13 +73,13 @@ class CatchingUp:
                 if blocks.intersection(self.table.blocks(branch.slot).tolist()):
                     self.blocks.release(branch, remember=False)
 
-    def add_chunks(self, plan: Plan) -> None:
-        """Add what is missing to a plan, as far as its tokens, rows and the blocks allow."""
+    def add_chunks(self, plan: Plan, most: int) -> None:
+        """Add what is missing to a plan, at most `most` tokens, as far as its tokens, rows and the blocks allow."""
         table, blocks = self.table, self.blocks
         rows: list[int] = []
         counts: list[int] = []
         copies = [plan.copies]
-        budget = self.limits.max_step_tokens - int(plan.counts.sum())
+        budget = min(most, self.limits.max_step_tokens - int(plan.counts.sum()))
         seats = self.limits.max_rows - plan.rows.size
         for request in self._listed:
             for branch, missing in self._missing(request):

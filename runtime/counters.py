@@ -8,7 +8,7 @@ from typing import Literal
 ForkDenial = Literal["policy", "request", "repeat", "length", "branches", "slots", "rows"]
 """Why a branch did not fork where [Fork] was its likeliest token: the policy is `never`; the request's `fork` or
 `max_depth`; right after [Fork] or [Child]; no room before a limit of tokens or context; `max_branches`; the server's
-branch slots; under `adaptive`: more branches live than steps can take."""
+branch slots; under `adaptive`: what is left of them is for new requests."""
 
 
 @dataclass(slots=True)

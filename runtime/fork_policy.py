@@ -62,6 +62,10 @@ class FirstCome:
         """Rows of a step to keep for `catching` requests that compute prompts or resume."""
         return min(catching, 1)
 
+    def prompt_tokens(self, rows: IntArray) -> int:
+        """The most tokens of prompts, and of trees being resumed, that a step may compute beside `rows` [R]."""
+        return self.limits.max_step_tokens
+
     def deny_forks(self, candidates: BoolArray, groups: RowGroups) -> tuple[BoolArray, ForkDenial] | None:
         """[L] rows of a step that may not fork because of load, and why; `candidates` [L] otherwise could."""
         return None

@@ -304,7 +304,7 @@ class Scheduler:
                 drafts = None
         plan = Plan(rows, counts, self.blocks.take(rows, needed), drafts=drafts)
         if self.catching:
-            self.catching.add_chunks(plan)
+            self.catching.add_chunks(plan, self.policy.prompt_tokens(rows))
         if not plan.rows.size:
             return None
         if self.speculation is not None:

@@ -457,6 +457,8 @@ class TestBench:
         for key in ("host_us_per_step", "schedule_us", "commit_us", "sample_us", "fork_step_us"):
             assert result[key] > 0
         assert {"cpu", "usable_cores", "isa", "versions"} <= set(result["machine"])
+        command = ["bench", "host", "--rows", "11", "--steps", "20", "--fork-policy", "adaptive", "--json"]
+        assert json.loads(run(capsys, *command)[0])["fork_policy"] == "adaptive"
         assert "schedule + commit" in run(capsys, "bench", "host", "--rows", "1", "--steps", "5")[0]
 
     def test_generate(self, engine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -102,6 +102,45 @@ def test_late_requests_get_on_while_others_keep_coming() -> None:
     scheduler.check()
 
 
+def test_who_is_admitted_in_time_ends_in_time() -> None:
+    """Sixty come at once where steps have room for some twenty: those let in are not slowed down by the others."""
+    level = ServiceLevel(5.0, 1.3)
+    replay = Replay([PLAIN], dataclasses.replace(LIMITS, fork_policy="adaptive", service_level=level))
+    requests = [replay.submit(0) for _ in range(60)]
+    ended: dict[Request, float] = {}
+    while not replay.engine.scheduler.idle:
+        replay.step()
+        for request in requests:
+            if request.finish_reason is not None:
+                ended.setdefault(request, replay.now)
+    alone = 201 * 1.01
+    good = [request for request in requests if ended[request] <= level.latency_factor * alone]
+    assert 10 <= len(good) <= 25
+    assert {request.arrival for request in good} == set(range(len(good)))
+
+
+def test_prompts_take_what_the_budget_of_a_step_leaves() -> None:
+    limits = dataclasses.replace(LIMITS, fork_policy="adaptive", service_level=ServiceLevel(1000.0, 1.2))
+    replay = Replay([PLAIN, {"prompt_tokens": 1000, "segments": [[3, 0]]}], limits)
+    for _ in range(5):
+        replay.submit(0)
+    for _ in range(5):
+        replay.step()
+    long = replay.submit(1)
+    table, chunks = replay.engine.scheduler.table, []
+    computed = 0
+    while not (long.root.first_step if long.branches else -1) >= 0 and long.finish_reason is None:
+        replay.step()
+        if long.branches and long.root.slot >= 0:
+            chunks.append(int(table.computed[long.root.slot]) - computed)
+            computed += chunks[-1]
+            if computed >= 1000:
+                break
+    # A step lasts 1 s and 0.01 s a token, and may take 0.97 * 1.2 * 1.01 s: 17 tokens, five of them decoding. An eighth
+    # of 128 goes to prompts at any rate.
+    assert max(chunks) == 16 and sum(chunks) >= 1000
+
+
 def test_priorities_stay_first_under_load() -> None:
     limits = dataclasses.replace(LIMITS, fork_policy="adaptive", service_level=ServiceLevel(5.0, 1.1))
     replay = Replay([{"prompt_tokens": 5, "segments": [[40, 0]]}], limits)

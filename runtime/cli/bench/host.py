@@ -24,13 +24,16 @@ def add_options(parser: Parser) -> None:
         metavar="N",
         help="logits of a row: what the sampler goes through; 32002 is APAR's own",
     )
+    parser.add_argument(
+        "--fork-policy", choices=("always", "adaptive"), default="always", help="whose cost is measured"
+    )
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """The result, as `--json` prints it."""
     from apar.runtime.bench.host import bench_host
 
-    return bench_host(options.rows, options.steps, options.vocab_size)
+    return bench_host(options.rows, options.steps, options.vocab_size, options.fork_policy)
 
 
 def show(result: dict[str, Any]) -> None:
