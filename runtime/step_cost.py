@@ -49,6 +49,10 @@ class FittedStepCost(StepCost):
         self._products: Float64Array = np.zeros((3, 3))
         self._targets: Float64Array = np.zeros(3)
         self._seen = 0
+        self._recent: list[tuple[float, float, float, float]] = []
+        """Steps since the last solution: features and seconds."""
+        self._expects: list[float] = [0.0, 0.0, 0.0]
+        """`coefficients`, as plain numbers."""
 
     def seconds(self, tokens: npt.ArrayLike, kv: npt.ArrayLike) -> Float64Array:
         """See StepCost.seconds."""
@@ -59,14 +63,24 @@ class FittedStepCost(StepCost):
     def observe(self, tokens: int, kv: int, seconds: float) -> None:
         """See StepCost.observe."""
         if self.ready:
-            seconds = min(seconds, 3.0 * float(self.seconds(tokens, kv)))
-        features = np.array([1.0, tokens, kv]) / self.SCALE
-        fade = 1.0 - 1.0 / self.MEMORY
-        self._products = fade * self._products + np.outer(features, features)
-        self._targets = fade * self._targets + seconds * features
-        self._seen += 1
-        if self._seen >= self.WARM and self._seen % self.REFIT == 0:
-            self._fit()
+            base, per_token, per_kv = self._expects
+            seconds = min(seconds, 3.0 * (base + per_token * tokens + per_kv * kv))
+        self._recent.append((1.0, tokens, kv, seconds))
+        if len(self._recent) == self.REFIT:
+            self._fold()
+            self._seen += self.REFIT
+            if self._seen >= self.WARM:
+                self._fit()
+
+    def _fold(self) -> None:
+        """Let the steps since the last solution flow into the equations, the later the heavier."""
+        recent = np.array(self._recent)
+        self._recent.clear()
+        features, seconds = recent[:, :3] / self.SCALE, recent[:, 3]
+        fade = (1.0 - 1.0 / self.MEMORY) ** np.arange(self.REFIT, -1, -1)
+        weighted = features.T * fade[1:]
+        self._products = fade[0] * self._products + weighted @ features
+        self._targets = fade[0] * self._targets + weighted @ seconds
 
     def _fit(self) -> None:
         free = [0, 1, 2]
@@ -81,6 +95,7 @@ class FittedStepCost(StepCost):
                 break
             free = [index for index, value in zip(free, found.tolist(), strict=True) if value > 0]
         self.coefficients = solution / self.SCALE
+        self._expects = self.coefficients.tolist()
         self.ready = bool(solution.any())
 
 
