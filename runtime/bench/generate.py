@@ -30,11 +30,14 @@ from apar.runtime.tokenizer import Tokenizer
 PLAIN, FORKED = "plain", "forked"
 MODES = (PLAIN, FORKED)
 DRAFTED_MODES = {
-    "medusa": (False, "medusa"),
-    "forked+medusa": (True, "medusa"),
-    "forked+ngram": (True, "ngram"),
+    "medusa": (False, "medusa", False),
+    "forked+medusa": (True, "medusa", False),
+    "forked+ngram": (True, "ngram", False),
+    "forked+medusa measured": (True, "medusa", True),
+    "forked+ngram measured": (True, "ngram", True),
 }
-"""Further modes: whether branches fork, and the draft method."""
+"""Further modes: whether branches fork, the draft method, and whether drafts go by measured time, as in service, or fill
+the budget in every step, which gives the same steps on every machine."""
 Progress = Callable[[int, int], None]
 """Called with sets of prompts run, and in all."""
 
@@ -87,10 +90,10 @@ class GenerateBench:
         self._engines = dict.fromkeys(MODES, self._engine)
         forks = {PLAIN: False, FORKED: True}
         self._drafts = dict(drafts or {})
-        for mode, (fork, method) in DRAFTED_MODES.items():
-            if method in self._drafts:
-                engine = Engine(self._executor, limits, draft=self._drafts[method])
-                self._engines[mode] = TextEngine(engine, tokenizer)
+        for mode, (fork, method, measured) in DRAFTED_MODES.items():
+            if method in self._drafts and not (measured and self._drafts[method].draft_budget):
+                draft = dataclasses.replace(self._drafts[method], measured=measured)
+                self._engines[mode] = TextEngine(Engine(self._executor, limits, draft=draft), tokenizer)
                 forks[mode] = fork
         self._modes = tuple(forks)
         self._params = {mode: SamplingParams(**{"seed": 0, **params, "fork": fork}) for mode, fork in forks.items()}

@@ -212,7 +212,7 @@ def _drafted(result: Result, key: str, title: str) -> Table:
     """Modes with drafts beside those without, over some replies."""
     part, modes = result[key], list(result["drafts"])
     table = new_table(f"{title}, with drafts")
-    for name in ("", "plain", "fork", *(mode.replace("forked+", "fork +\n") for mode in modes)):
+    for name in ("", "plain", "fork", *(mode.replace("forked+", "fork +\n").replace(" m", "\nm") for mode in modes)):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
 
     def row(name: str, key: str, form: str, *first: str) -> None:

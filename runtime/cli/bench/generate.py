@@ -14,12 +14,14 @@ from apar.runtime.cli.parser import Parser, whole
 
 DESCRIPTION = """\
 Answer prompts greedily without and with branches, and both with drafts (docs/speculation.md), alternating, and compare
-steps, tokens, time and KV blocks: over all replies and over those that forked. Medians over repeats; prefix caching is
-off. A model that may not fork says less, so gains compare the reply with branches to the same reply decoded plainly: a
-step a token, at the pace of a plain step measured in the same run. The time of a step is given for each
-number of live rows, with the percentage of the memory bandwidth bound: the bytes of weights that every step reads,
-divided by the read bandwidth measured in the same run, on as many threads (each takes the maximum of its part of an
-array several times larger than the caches; the best pass counts). A model that fits the caches may exceed 100 %.
+steps, tokens, time and KV blocks: over all replies and over those that forked. Drafts fill their budget in every step,
+which gives the same steps on every machine; "measured" are those that go by measured time, as in service (not with
+--draft-budget). Medians over repeats; prefix caching is off. A model that may not fork says less, so gains compare the
+reply with branches to the same reply decoded plainly: a step a token, at the pace of a plain step measured in the same
+run. The time of a step is given for each number of live rows, with the percentage of the memory bandwidth bound: the
+bytes of weights that every step reads, divided by the read bandwidth measured in the same run, on as many threads
+(each takes the maximum of its part of an array several times larger than the caches; the best pass counts). A model
+that fits the caches may exceed 100 %.
 """
 
 
