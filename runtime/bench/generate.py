@@ -36,8 +36,8 @@ DRAFTED_MODES = {
     "forked+medusa measured": (True, "medusa", True),
     "forked+ngram measured": (True, "ngram", True),
 }
-"""Further modes: whether branches fork, the draft method, and whether drafts go by measured time, as in service, or fill
-the budget in every step, which gives the same steps on every machine."""
+"""Further modes: whether branches fork, the draft method, and whether drafts go by measured time, as in service, or
+fill the budget in every step, which gives the same steps on every machine."""
 Progress = Callable[[int, int], None]
 """Called with sets of prompts run, and in all."""
 
