@@ -49,7 +49,9 @@ def test_killed_with_64_in_flight(triton: TritonService, reference: LLM, questio
             if not killed and len(begun) == 8:  # the first of them may have ended by now
                 killed = triton.kill_engine()
     assert finals == [1] * 64
-    assert set(errors) == {"engine_failed: the engine process ended while it worked on this request; send it again"}
+    assert "engine_failed: the engine process ended while it worked on this request; send it again" in errors
+    # Requests that a slow machine brings to the model only then are refused.
+    assert {error.split(":")[0] for error in errors} <= {"engine_failed", "engine_unavailable"}
     assert len(errors) + len(reasons) == 64 and len(errors) > 32
     assert triton.await_engine(other_than=killed) != killed
     (wanted,) = reference.generate([QUESTION], SamplingParams(max_tokens=200))
