@@ -54,6 +54,9 @@ class RandomDrafter(Drafter):
     def learn(self, report: StepReport, slots: IntArray, wanted: IntArray, children: Sequence[Branch]) -> None:
         """Nothing: it knows."""
 
+    def rest(self, report: StepReport) -> None:
+        """Nothing: it knows."""
+
 
 def speculate(engine: Engine, drafter: Drafter, step_tokens: int = 64, **options: object) -> Speculation:
     """Let an engine draft with a test's drafter."""

@@ -43,3 +43,10 @@ class Drafter(ABC):
             wanted: [n] for each the place, among the step's logits, that its last token was sampled from.
             children: branches born in it that live; their parents are among `slots`, unless they have ended.
         """
+
+    @abstractmethod
+    def rest(self, report: StepReport) -> None:
+        """A step is booked that neither had drafts nor is followed by one that may: nothing need be kept up to date.
+
+        What `learn` finds missing afterwards it makes anew.
+        """

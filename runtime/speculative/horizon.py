@@ -63,6 +63,12 @@ class Reach:
     """[R] rows for whose request no limit can be met in this step."""
 
 
+def _plain(rows: IntArray) -> Reach:
+    """All grow by one token."""
+    nobody = np.zeros(rows.size, dtype=bool)
+    return Reach(rows, np.ones(rows.size, dtype=np.int32), nobody, nobody)
+
+
 class Horizon:
     """Applies the rule before every step.
 
@@ -77,6 +83,8 @@ class Horizon:
         self.requests = requests
         self.max_advance = max_advance
         self._births, self._birth_tokens = _birth_bounds()
+        self._even: tuple[IntArray, IntArray] | None = None
+        """Rows, and generations of their slots, that had the same clocks in the last step, which nobody drafts in."""
 
     def reach(self, rows: IntArray, drafting: bool = True) -> Reach:
         """Which of `rows` (siblings together, parked branches left out) take part in the next step, and how.
@@ -84,6 +92,13 @@ class Horizon:
         drafting: False: no row grows by more than a token.
         """
         table, requests = self.table, self.requests
+        if drafting:
+            self._even = None
+        elif self._even is not None:
+            before, generation = self._even
+            # The same branches, all a token further: clocks are as they were to each other.
+            if np.array_equal(rows, before) and np.array_equal(table.generation[rows], generation):
+                return _plain(rows)
         groups = RowGroups.of(table.request[rows])
         allowance = np.full(rows.size, self.max_advance, dtype=np.int32)
         if not rows.size:
@@ -92,9 +107,11 @@ class Horizon:
         clock = table.length[rows] - table.clock_base[rows]
         slowest = np.minimum.reduceat(clock, starts)
         level = slowest == requests.clock[owners]
-        if not drafting and level.all():
-            nobody = np.zeros(rows.size, dtype=bool)
-            return Reach(rows, np.ones(rows.size, dtype=np.int32), nobody, nobody)
+        if not drafting:
+            self._even = None
+            if level.all():
+                self._even = rows.copy(), table.generation[rows]
+                return _plain(rows)
         alone = (requests.live[owners] == 1) & level
         free = alone if alone.all() else alone | self._certified(rows, groups, clock, slowest)
         if free.all():

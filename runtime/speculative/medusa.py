@@ -84,6 +84,9 @@ class MedusaDrafter(Drafter):
                 self._size[child.slot] = size
                 self._length[child.slot] = table.length[child.slot]
 
+    def rest(self, report: StepReport) -> None:
+        """See Drafter.rest. Guesses know behind how long a path they belong, so old ones are left where they are."""
+
     def _best(
         self, logits: Float32Array, no_fork: np.ndarray[tuple[int, ...], np.dtype[np.bool_]], ranks: int
     ) -> Int32Array:

@@ -8,7 +8,7 @@ import numpy as np
 
 from apar.export.manifest import TokenIds
 from apar.runtime.booking import StepReport
-from apar.runtime.branch import Branch
+from apar.runtime.branch import Branch, Request
 from apar.runtime.branch_table import BranchTable
 from apar.runtime.speculative.drafter import Drafter
 from apar.runtime.speculative.lookup import LookupIndex
@@ -71,15 +71,39 @@ class NgramDrafter(Drafter):
 
     def learn(self, report: StepReport, slots: IntArray, wanted: IntArray, children: Sequence[Branch]) -> None:
         """See Drafter.learn."""
+        fresh = {branch.request.request_id for branch in report.branches if branch.request.lookup is None}
         for branch, token in zip(report.branches, report.tokens, strict=True):
             request = branch.request
             if request.lookup is None:
-                request.lookup = LookupIndex(request.prompt, self.shortest, self.longest)
-            request.lookup.append(branch.branch_id, token)
+                request.lookup = self._index(request)
+            elif request.request_id not in fresh:
+                request.lookup.append(branch.branch_id, token)
         for child in children:
-            if child.slot >= 0 and child.request.lookup is not None:
+            if child.slot >= 0 and child.request.lookup is not None and child.request.request_id not in fresh:
                 path = self.table.tokens[child.slot, : child.start]
                 child.request.lookup.begin(child.branch_id, path[-self.longest :].tolist())
         for branch in report.ended:
             if branch.request.lookup is not None:
                 branch.request.lookup.end(branch.branch_id)
+
+    def rest(self, report: StepReport) -> None:
+        """See Drafter.rest."""
+        for branch in report.branches:
+            branch.request.lookup = None
+
+    def _index(self, request: Request) -> LookupIndex:
+        """All that a request has said so far."""
+        index = LookupIndex(request.prompt, self.shortest, self.longest)
+        for branch in request.branches:
+            said = branch.tokens
+            if branch.slot >= 0:
+                path = self.table.tokens[branch.slot, : self.table.length[branch.slot]]
+                said = path[branch.start :].tolist()
+            if branch.parent is not None:
+                before = path[max(branch.start - self.longest, 0) : branch.start].tolist() if branch.slot >= 0 else ()
+                index.begin(branch.branch_id, before)
+            for token in said:
+                index.append(branch.branch_id, token)
+            if branch.finish_reason is not None:
+                index.end(branch.branch_id)
+        return index

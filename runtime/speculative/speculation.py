@@ -30,7 +30,8 @@ from apar.runtime.speculative.verification import Verification
 from apar.runtime.step import Float32Array, Int32Array, IntArray
 from apar.runtime.step_writer import Step
 
-_NO_ROWS: IntArray = np.zeros(0, dtype=np.int64)
+_PLAIN_COSTS = 8
+"""Of so many steps without drafts one is looked at for what a token costs."""
 
 
 class Speculation:
@@ -128,8 +129,10 @@ class Speculation:
 
     def settle_plain(self, step: Step, report: StepReport) -> None:
         """A plain step is booked."""
-        self.drafter.learn(report, _NO_ROWS, _NO_ROWS, report.forked)
-        self._start_skills(step.sampled[step.counters == 0], report.forked)
+        self.drafter.rest(report)
+        began = step.counters == 0
+        if report.forked or began.any():
+            self._start_skills(step.sampled[began], report.forked)
         self.pace.choose(step.sampled.size - len(report.ended) + len(report.forked))
 
     def timed(self, step: Step, tokens: int, seconds: float) -> None:
@@ -145,7 +148,8 @@ class Speculation:
         decodes = step.rows.size == step.sampled.size and int(step.pending.max()) <= 2
         if decodes and self._steady > pace.drafting:
             pace.observe(step.sampled.size, tokens, seconds, pace.drafting)
-            self.cost.observe(step.inputs.input_ids.size, seconds, pace.drafting)
+            if pace.drafting or not self.cost.ready or self._steady % _PLAIN_COSTS == 0:
+                self.cost.observe(step.inputs.input_ids.size, seconds, pace.drafting)
 
     def verify(self, step: Step) -> Verification:
         """To follow the drafts of a step that ran. To be asked for before the step is booked."""

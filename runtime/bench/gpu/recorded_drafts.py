@@ -60,6 +60,9 @@ class RecordedDrafter(Drafter):
     def learn(self, report: StepReport, slots: IntArray, wanted: IntArray, children: Sequence[Branch]) -> None:
         """See Drafter.learn: there is nothing to learn."""
 
+    def rest(self, report: StepReport) -> None:
+        """See Drafter.rest."""
+
     def _catch_up(self, slots: IntArray) -> None:
         """Follow what branches have said since they were last asked about."""
         for slot in slots.tolist():
