@@ -10,22 +10,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-BASELINE = 8
-"""Steps without drafts that are measured first,"""
+BASELINE = 24
+"""Steps without drafts that are measured first; the very first steps of an engine are slow,"""
 TRIAL = 16
 """and steps with them that then decide: how many tokens they give varies."""
 GLIMPSE = 3
 """Steps after which a trial of drafts is given up that goes badly,"""
 BADLY = 0.65
 """that is, has this part of the other way's tokens a second."""
-MARGIN = 1.03
-"""How much better the other way must be to be taken instead."""
+MARGIN = 1.1
+"""How much better than plain steps drafts must be to be taken; to be kept they must be no worse."""
 AGAIN = 512
 """Steps until drafts that lost are tried again, and twice as many after every further trial that they lose,"""
 LATEST = 1 << 14
 """up to this."""
 CHECK = 256
-"""Steps with drafts until the plain way is measured again, for `GLIMPSE` steps."""
+"""Steps with drafts until the plain way is measured again,"""
+CHECKED = 8
+"""for so many steps."""
 _WEIGHT = 1 / 16
 _OUTLIER = 3.0
 
@@ -114,9 +116,9 @@ class Pace:
         """End a trial that has seen enough."""
         plain, drafted = found.plain, found.drafted
         if found.judged and found.drafts:
-            if plain.steps < GLIMPSE:
+            if plain.steps < CHECKED:
                 return
-            found.drafts = MARGIN * drafted.rate >= plain.rate
+            found.drafts = drafted.rate >= plain.rate
         else:
             badly = drafted.steps >= GLIMPSE and drafted.rate < BADLY * plain.rate
             if drafted.steps < TRIAL and not badly:

@@ -30,6 +30,8 @@ from apar.runtime.speculative.verification import Verification
 from apar.runtime.step import Float32Array, Int32Array, IntArray
 from apar.runtime.step_writer import Step
 
+_CHANGING = 2
+"""Steps after a change between the ways that are not measured."""
 _PLAIN_COSTS = 8
 """Of so many steps without drafts one is looked at for what a token costs."""
 
@@ -144,9 +146,9 @@ class Speculation:
             self._steady = 0
             return
         self._steady += 1
-        # Right after the change there are no guesses yet; prompts and trees being resumed say nothing about decoding.
+        # Right after a change there are no guesses yet and caches are cold; prompts say nothing about decoding.
         decodes = step.rows.size == step.sampled.size and int(step.pending.max()) <= 2
-        if decodes and self._steady > pace.drafting:
+        if decodes and self._steady > _CHANGING:
             pace.observe(step.sampled.size, tokens, seconds, pace.drafting)
             if pace.drafting or not self.cost.ready or self._steady % _PLAIN_COSTS == 0:
                 self.cost.observe(step.inputs.input_ids.size, seconds, pace.drafting)

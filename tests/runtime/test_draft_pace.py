@@ -15,7 +15,7 @@ from apar.runtime.sampling_params import SamplingParams
 from apar.runtime.speculative.budget import DraftBudget
 from apar.runtime.speculative.draft_cost import DraftCost
 from apar.runtime.speculative.options import DraftOptions
-from apar.runtime.speculative.pace import AGAIN, BASELINE, CHECK, GLIMPSE, LATEST, TRIAL, Pace
+from apar.runtime.speculative.pace import AGAIN, BASELINE, CHECK, CHECKED, GLIMPSE, LATEST, TRIAL, Pace
 from apar.runtime.speculative.tree import DraftTree
 from apar.runtime.step import Float32Array, StepInputs
 from apar.runtime.text_engine import TextEngine
@@ -37,7 +37,7 @@ def test_drafts_that_pay_are_used() -> None:
     ways = drive(Pace(True), 4 * CHECK, plain=1.0, drafted=(2.0, 3))
     assert ways[:BASELINE] == [False] * BASELINE, "the plain way is measured first"
     assert all(ways[BASELINE : BASELINE + CHECK])
-    assert 0 < ways[BASELINE:].count(False) <= 4 * GLIMPSE, "and now and then again"
+    assert 0 < ways[BASELINE:].count(False) <= 4 * CHECKED, "and now and then again"
 
 
 def test_drafts_that_lose_are_given_up_at_once() -> None:
