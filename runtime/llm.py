@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,8 +60,11 @@ class LLM:
     ) -> None:
         self.engine_directory = resolve_engine(engine)
         self._text = load_text_engine(self.engine_directory, executor, limits, draft=draft, **options)
-        self._turn = threading.RLock()
-        """Held for a step, and for whatever else touches the engine; not while a caller's own code runs."""
+        self._lock = threading.RLock()
+        self._inside = False
+        """Whether the thread that holds the lock is at work on the engine."""
+        self._left: deque[Answer] = deque()
+        """Answers that nobody waits for any more, to be cancelled as soon as the engine is at rest."""
         self._closed = False
 
     @property
@@ -138,7 +142,7 @@ class LLM:
     def _events(self, answers: list[Answer]) -> Generator[BranchEvent, None, None]:
         """Step until these answers are finished; whoever waits for others finds their events in them."""
         while True:
-            with self._turn:
+            with self._turn():
                 self._check_open()
                 over = self._text.idle or all(answer.finished for answer in answers)
                 if not over:
@@ -152,13 +156,13 @@ class LLM:
 
     def stats(self) -> dict[str, Any]:
         """Gauges and counters of the scheduler, the KV pool and the loop. Raises EngineStoppedError after `close`."""
-        with self._turn:
+        with self._turn():
             self._check_open()
             return self._text.stats()
 
     def close(self) -> None:
         """Free the engine. Idempotent; calls that still run raise EngineStoppedError."""
-        with self._turn:
+        with self._turn():
             self._closed = True
             self._text.close()
 
@@ -196,7 +200,7 @@ class LLM:
         arrived = self._text.engine.clock()
         try:
             for i, (prompt, own) in enumerate(zip(batch, each, strict=True)):
-                with _naming_prompt(i, len(batch)), self._turn:
+                with _naming_prompt(i, len(batch)), self._turn():
                     self._check_open()
                     ids = self._text.encode(prompt, chat)
                     answers.append(self._text.submit(ids, own, listens=listens, arrived=arrived, timeout=timeout))
@@ -207,10 +211,30 @@ class LLM:
 
     def _abandon(self, answers: list[Answer]) -> None:
         """Cancel what an exception or a closed iterator left unfinished."""
-        with self._turn:
-            if not self._closed:
-                for answer in answers:
-                    self._text.cancel(answer.request.request_id)
+        self._left.extend(answers)
+        with self._turn():
+            pass
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Held for a step, and for whatever else touches the engine; not while a caller's own code runs.
+
+        The garbage collector may drop an iterator anywhere, in the middle of a step too: what it leaves is cancelled
+        at the end of the turn.
+        """
+        with self._lock:
+            if self._inside:
+                yield
+                return
+            self._inside = True
+            try:
+                yield
+            finally:
+                while self._left:
+                    answer = self._left.popleft()
+                    if not self._closed:
+                        self._text.cancel(answer.request.request_id)
+                self._inside = False
 
 
 def load_text_engine(

@@ -284,6 +284,27 @@ def test_a_callback_may_ask_too(llm: LLM, lists: list[Any]) -> None:
     assert [outer[0].text, inner[0].text] == [output.text for output in llm.generate(lists[:2], PARAMS)]
 
 
+def test_a_stream_that_is_dropped_in_a_step_ends_after_it(
+    llm: LLM, lists: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The garbage collector runs where it likes."""
+    streams = [llm.stream(lists[0], ENDLESS)]
+    next(streams[0])
+    step, seen = llm._text.step, []
+
+    def dropping() -> list[Any]:
+        if streams:
+            streams.clear()
+            seen.append(llm.stats()["running_requests"])
+        return step()
+
+    monkeypatch.setattr(llm._text, "step", dropping)
+    (output,) = llm.generate([lists[1]], PARAMS)
+    assert seen == [1], "nothing is cancelled while a step runs"
+    assert output.usage.completion_tokens > 1
+    assert llm.stats()["running_requests"] == 0
+
+
 def test_a_stream_that_was_never_begun_runs_nothing(llm: LLM, lists: list[Any]) -> None:
     stream = llm.stream(lists[0], ENDLESS)
     assert llm.stats()["waiting_requests"] == 1
