@@ -128,7 +128,7 @@ class _Graph:
         """[B, kv_heads, S, dim] with each head as often as query heads share it."""
         wide = op.unsqueeze(value, _ints(2))
         times = heads // kv_heads
-        wide = op.broadcast(wide, _ints([1, 1, times, 1, 1]), "BIDIRECTIONAL")
+        wide = op.broadcast(wide, _ints([1, 1, times, 1, 1]), broadcast_spec="BIDIRECTIONAL")
         return op.reshape(wide, _ints([0, heads, -1, self._dim]), True)
 
     def _half_turned(self, value: Any) -> Any:
