@@ -79,6 +79,8 @@ class Booking:
         table.computed[step.rows] += step.pending
         self.lifecycle.step_index += 1
         requests.steps[step.groups.owners] += 1
+        self.lifecycle.counters.tokens += tokens.size
+        self.lifecycle.counters.request_steps += step.groups.owners.size
         report = StepReport(self.lifecycle.step_index)
         length = table.length[slots]
         place = np.repeat(length - (np.cumsum(counts) - counts), counts) + np.arange(tokens.size)

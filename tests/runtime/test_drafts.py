@@ -254,9 +254,11 @@ def test_forks_and_medusa_take_a_quarter_of_plain_decodings_steps(
     forking = [entry["messages"] for entry, output in zip(heldout, plain, strict=True) if len(output.branches) > 1]
     with LLM(tiny_engine, draft=DRAFTS[0], threads=1, limits=UNCACHED) as llm:
         outputs = [llm.generate(prompt, GREEDY)[0] for prompt in forking[::4]]
-        stats = llm.stats()
+        stats, counters = llm.stats(), llm._text.engine.scheduler.counters
     tokens, steps = sum(o.usage.completion_tokens for o in outputs), sum(o.timing.steps for o in outputs)
     assert 4 * steps <= tokens, "plain decoding takes a step a token"
+    assert counters.request_steps == steps, "what `adaptive` learns a request's speed from"
+    assert counters.tokens == llm._text.metrics.generation_tokens
     assert sum(stats["accepted_lengths"][1:]) > stats["accepted_lengths"][0]
 
 
