@@ -13,9 +13,10 @@ import onnx
 
 from apar.export.errors import EngineError
 from apar.export.linear_packing import unpack_groups, unpack_matrix
-from apar.export.manifest import GRAPH_NAME, HEADS_GRAPH_NAME, Manifest
+from apar.export.manifest import GRAPH_NAME, HEADS_GRAPH_NAME, MANIFEST_NAME, Manifest
 from apar.export.quantize import QuantizedRows, unpack
 from apar.export.tensor_files import FLOAT_TYPES, to_float32
+from apar.export.weight_plan import weight_plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,10 @@ class _Packed:
     bits: int
     out: int
     columns: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.out, self.columns
 
     def values(self) -> npt.NDArray[np.float32]:
         rows = unpack_matrix(self.packed.map(), self.out, self.columns, self.bits)
@@ -81,7 +86,7 @@ def read_weights(engine_dir: Path) -> EngineWeights:
     and `heads.{i}.lm_head.weight` where they have their own. Matrices are unpacked, converted and dequantised at each
     access, so take each weight once.
 
-    Raises EngineError if the directory is no engine.
+    Raises EngineError if the directory is no engine, or its manifest and its graphs differ.
     """
     engine_dir = Path(engine_dir)
     manifest = Manifest.load(engine_dir)
@@ -94,7 +99,27 @@ def read_weights(engine_dir: Path) -> EngineWeights:
         raise
     except Exception as error:  # protobuf's decoding errors share no base worth naming
         raise EngineError(f"{engine_dir / name} cannot be read ({error}); build the engine again") from error
+    _check_shapes(entries, manifest, engine_dir)
     return EngineWeights(entries)
+
+
+def _check_shapes(entries: Mapping[str, _Region | _Packed], manifest: Manifest, engine_dir: Path) -> None:
+    """The graphs must hold the weights that the manifest's sizes call for."""
+    planned = {
+        weight.name: weight.shape for weight in weight_plan(manifest.decoder, packed=True, heads=manifest.draft_heads)
+    }
+    stored = {name: entry.shape for name, entry in entries.items()}
+    for name in sorted({*planned, *stored}, key=lambda name: (name in stored, name)):
+        if planned.get(name) != stored.get(name):
+            raise EngineError(
+                f"{engine_dir / MANIFEST_NAME} does not describe this engine's graph: weight {name} is "
+                f"{_shown(planned.get(name))} by the manifest, {_shown(stored.get(name))} in the graph; "
+                "copy the engine again or build it again"
+            )
+
+
+def _shown(shape: tuple[int, ...] | None) -> str:
+    return "not there" if shape is None else " x ".join(map(str, shape))
 
 
 def _entries(engine_dir: Path, graph: onnx.GraphProto) -> dict[str, _Region | _Packed]:

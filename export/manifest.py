@@ -15,11 +15,14 @@ that of the Linear node, which is also the layout of matrices, by `linear_abi_ve
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from apar.export import manifest_rules
 from apar.export.errors import EngineError
 
 FORMAT_VERSION = 2
@@ -32,11 +35,7 @@ HEADS_GRAPH_NAME = "heads.onnx"
 PORTABLE_HEADS_GRAPH_NAME = "heads_portable.onnx"
 WEIGHTS_NAME = "model.onnx.data"
 
-DTYPES = ("float32", "float16", "bfloat16")
-KV_DTYPES = ("float32", "float16")
-QUANTIZATIONS = ("none", "int8", "int4")
-METHODS = ("rtn", "gptq")
-"""How codes of quantised matrices are chosen: round to nearest, or with error compensation."""
+_READ_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +148,8 @@ class Manifest:
     apar_version: str = ""
     files: dict[str, int] = field(default_factory=dict)
     """Size in bytes of every other file of the engine: a truncated copy is found at load."""
+    sha256: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of the same files, in hexadecimal: `verify` finds a copy whose bytes changed."""
     tensorrt: TensorRtEngine | None = None
     """Of a TensorRT engine; it has no graph that another executor could run."""
     format_version: int = FORMAT_VERSION
@@ -186,6 +187,35 @@ class Manifest:
         manifest._check_files(directory)
         return manifest
 
+    def with_files(self, directory: Path, known: Mapping[str, str] | None = None) -> Manifest:
+        """This manifest with the sizes and checksums of all other files in `directory`.
+
+        known: checksums of files that need not be read again.
+        """
+        paths = [path for path in sorted(directory.iterdir()) if path.name != MANIFEST_NAME]
+        digests = {path.name: (known or {}).get(path.name) or file_sha256(path) for path in paths}
+        return dataclasses.replace(self, files={path.name: path.stat().st_size for path in paths}, sha256=digests)
+
+    def verify(self, directory: Path, progress: Callable[[int], None] | None = None) -> None:
+        """Read every file of the engine and compare its checksum; `load` compares sizes only, which takes no time.
+
+        progress: called with the bytes read after each piece. Raises EngineError for the first file that differs, and
+        where the manifest has no checksums.
+        """
+        missing = sorted({*self.files} - {*self.sha256})
+        if missing or not self.files:
+            raise EngineError(
+                f"{directory / MANIFEST_NAME} has no checksum of {', '.join(missing) or 'any file'}; "
+                "build the engine again with the installed `apar build`"
+            )
+        self._check_files(directory)
+        for name, digest in self.sha256.items():
+            if file_sha256(directory / name, progress) != digest:
+                raise EngineError(
+                    f"engine file {directory / name} is damaged: its bytes are not those that were built; "
+                    "copy it again or build the engine again"
+                )
+
     @classmethod
     def _from_json(cls, data: Any, path: Path) -> Manifest:
         if not isinstance(data, dict) or "format_version" not in data:
@@ -215,8 +245,7 @@ class Manifest:
                 tensorrt=None if tensorrt is None else TensorRtEngine(**tensorrt),
                 **rest,
             )
-            for part in (manifest, manifest.decoder, manifest.tokens):
-                _check_types(part)
+            manifest_rules.check(manifest)
             return manifest
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise EngineError(
@@ -235,23 +264,15 @@ class Manifest:
                 )
 
 
-_TYPES: dict[str, type | tuple[type, ...]] = {
-    "int": int, "float": (int, float), "str": str, "bool": bool, "int | None": (int, type(None)),
-    "dict[str, int]": dict,
-}  # fmt: skip
-_NONE_BELOW_1 = ("block_size", "vocab_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "max_context")
-
-
-def _check_types(part: Any) -> None:
-    """Raise TypeError or ValueError where a field that came from JSON is not what its dataclass declares."""
-    for declared in dataclasses.fields(part):
-        value, wanted = getattr(part, declared.name), _TYPES.get(str(declared.type))
-        if wanted is not None and (not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool)):
-            raise TypeError(f"{declared.name} is {value!r}")
-        if declared.name in _NONE_BELOW_1 and value < 1:
-            raise ValueError(f"{declared.name} is {value}")
-    if isinstance(part, Manifest):
-        if part.dtype not in DTYPES or part.kv_dtype not in KV_DTYPES or part.quantize not in QUANTIZATIONS:
-            raise ValueError(f"types are {part.dtype}, {part.kv_dtype} and {part.quantize}")
-        if not all(isinstance(size, int) for size in part.files.values()):
-            raise TypeError(f"files is {part.files!r}")
+def file_sha256(path: Path, progress: Callable[[int], None] | None = None) -> str:
+    """SHA-256 of a file in hexadecimal; `progress` is told the bytes of each piece read. Raises EngineError."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while piece := file.read(_READ_BYTES):
+                digest.update(piece)
+                if progress is not None:
+                    progress(len(piece))
+    except OSError as error:
+        raise EngineError(f"{path} cannot be read: {error.strerror}") from error
+    return digest.hexdigest()

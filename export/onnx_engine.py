@@ -25,19 +25,15 @@ from apar.export.heads_graph import build_heads
 from apar.export.linear import NativeLinear, PortableLinear
 from apar.export.linear_packing import CHANNEL_MULTIPLE, TILE, round_up
 from apar.export.manifest import (
-    DTYPES,
     GRAPH_NAME,
     HEADS_GRAPH_NAME,
-    KV_DTYPES,
-    MANIFEST_NAME,
-    METHODS,
     PORTABLE_GRAPH_NAME,
     PORTABLE_HEADS_GRAPH_NAME,
-    QUANTIZATIONS,
     WEIGHTS_NAME,
     DraftHeads,
     Manifest,
 )
+from apar.export.manifest_rules import DTYPES, KV_DTYPES, METHODS, QUANTIZATIONS
 from apar.export.output_directory import OutputDirectory, sync
 from apar.export.quantize import BITS, GROUP_SIZES, Float32Array, QuantizedRows
 from apar.export.tensor_files import FLOAT_TYPES
@@ -129,12 +125,11 @@ def build(
     needed = sum(_stored_bytes(weight, storage[weight.name], manifest) for weight in plan)
     with OutputDirectory(output, overwrite=overwrite, needed_bytes=needed + _SPARE_BYTES) as directory:
         chosen = _calibrated(source, samples, manifest) if method == "gptq" else iter(())
-        weights = _write_weights(source, plan, storage, manifest, chosen, directory, progress)
+        weights, digest = _write_weights(source, plan, storage, manifest, chosen, directory, progress)
         _write_graphs(manifest, weights, directory, progress)
         files.write(directory)
-        sizes = {path.name: path.stat().st_size for path in sorted(directory.iterdir()) if path.name != MANIFEST_NAME}
         sync(directory)
-        manifest = replace(manifest, files=sizes)
+        manifest = manifest.with_files(directory, {WEIGHTS_NAME: digest})
         manifest.save(directory)
         sync(directory)
     return manifest
@@ -249,7 +244,8 @@ def _write_weights(
     chosen: Iterator[tuple[str, QuantizedRows]],
     directory: Path,
     progress: Progress | None,
-) -> Mapping[str, StoredWeight]:
+) -> tuple[Mapping[str, StoredWeight], str]:
+    """Weights as they were stored, and the file's SHA-256."""
     total = sum(_checkpoint_bytes(source, weight) for weight in plan)
     done = 0
 
@@ -279,7 +275,7 @@ def _write_weights(
                     file.add_packed(weight, source, kind)
                 else:
                     file.add_plain(weight, source, kind)
-            return file.weights
+        return file.weights, file.sha256
     except OSError as error:
         raise BuildError(f"{directory / WEIGHTS_NAME} cannot be written: {error}") from error
 

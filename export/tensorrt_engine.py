@@ -26,7 +26,7 @@ from apar.export.checkpoint import Checkpoint
 from apar.export.checkpoint_hints import checkpoint_name
 from apar.export.control_tokens import resolve_tokens
 from apar.export.errors import AparError, BuildError
-from apar.export.manifest import MANIFEST_NAME, DraftHeads, Manifest, TensorRtEngine
+from apar.export.manifest import DraftHeads, Manifest, TensorRtEngine
 from apar.export.onnx_engine import installed_version, longest_context
 from apar.export.output_directory import OutputDirectory, sync
 from apar.export.sharding import Shard
@@ -163,9 +163,8 @@ def build(
         files.write(directory)
         manifest = replace(manifest, tensorrt=facts)
         _write_config(directory, manifest)
-        sizes = {path.name: path.stat().st_size for path in sorted(directory.iterdir()) if path.name != MANIFEST_NAME}
         sync(directory)
-        manifest = replace(manifest, files=sizes)
+        manifest = manifest.with_files(directory)
         manifest.save(directory)
         sync(directory)
     return manifest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -75,9 +76,15 @@ class WeightsFile:
         """`progress` is told the checkpoint bytes read after each chunk."""
         self._name = path.name
         self._file = path.open("wb")
+        self._digest = hashlib.sha256()
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="apar-build")
         self._progress = progress
         self.weights: dict[str, StoredWeight] = {}
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of what was written, in hexadecimal: a file of many gigabytes need not be read again for it."""
+        return self._digest.hexdigest()
 
     def __enter__(self) -> WeightsFile:
         return self
@@ -194,14 +201,18 @@ class WeightsFile:
         length = int(np.prod(shape, dtype=np.int64)) * element.itemsize
         alignment = _PAGE if length >= _LARGE else _ALIGNMENT
         offset = -(-self._file.tell() // alignment) * alignment
-        self._file.write(b"\0" * (offset - self._file.tell()))
+        self._write(b"\0" * (offset - self._file.tell()))
         for array in arrays:
-            self._file.write(np.ascontiguousarray(array).view(np.uint8).data)
+            self._write(np.ascontiguousarray(array).view(np.uint8).data)
         kind = onnx.helper.np_dtype_to_tensor_dtype(element)
         tensor = onnx.TensorProto(name=name, data_type=kind, dims=shape, data_location=onnx.TensorProto.EXTERNAL)
         for key, value in (("location", self._name), ("offset", offset), ("length", length)):
             tensor.external_data.add(key=key, value=str(value))
         return tensor
+
+    def _write(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        self._digest.update(data)
 
     def _in_order(self, function: Callable[[_T], _U], items: Iterable[_T]) -> Iterator[_U]:
         """Map over a few threads, results in order, never more than a few items ahead."""

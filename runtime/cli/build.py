@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from apar.export.errors import RequestError
-from apar.export.manifest import DTYPES, KV_DTYPES, METHODS, QUANTIZATIONS
+from apar.export.manifest_rules import DTYPES, KV_DTYPES, METHODS, QUANTIZATIONS
 from apar.runtime.cli.build_tensorrt import (
     FORMATS,
     add_tensorrt_options,

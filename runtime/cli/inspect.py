@@ -17,12 +17,14 @@ from apar.runtime.cli.parser import Parser
 DESCRIPTION = """\
 Show what an engine holds: the model's shape and size, types, KV bytes, control tokens, files; and which executor,
 graph and kernels would run it here, with the reason. Of a checkpoint, the same for what `apar build` would make of it
-with default options; nothing is built.
+with default options; nothing is built. --verify reads every file of an engine and compares its checksum: a copy with
+damaged bytes is found, which loading it would not tell.
 """
 EPILOG = """\
 examples:
   apar inspect ./engine
   apar inspect ./vicuna-7b-apar --json
+  apar inspect ./engine --verify
 """
 
 
@@ -33,13 +35,14 @@ def make_parser() -> Parser:
         "engine", metavar="ENGINE", help="an engine directory, a Hugging Face checkpoint directory, or `tiny`"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.add_argument("--verify", action="store_true", help="read all files of the engine and check their checksums")
     parser.add_debug()
     return parser
 
 
 def run(options: argparse.Namespace) -> int:
     """Print the facts. Raises EngineError, CheckpointError, TokenizerError."""
-    facts = inspect(options.engine)
+    facts = inspect(options.engine, verify=options.verify)
     if options.json:
         print(json.dumps(facts, indent=2, ensure_ascii=False))
     else:
@@ -47,8 +50,11 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def inspect(source: str) -> dict[str, Any]:
-    """Facts of an engine directory, a checkpoint directory, or `tiny`, as JSON-like values."""
+def inspect(source: str, verify: bool = False) -> dict[str, Any]:
+    """Facts of an engine directory, a checkpoint directory, or `tiny`, as JSON-like values.
+
+    verify: also compare the checksum of every file; only engines have them.
+    """
     from apar.export.checkpoint_hints import what_is_there
     from apar.export.tokenizer_files import read_tokenizer
     from apar.runtime.engine_source import TINY, tiny_checkpoint
@@ -62,6 +68,8 @@ def inspect(source: str) -> dict[str, Any]:
             + (f"; {hint}" if hint else "")
         )
     manifest = Manifest.load(directory) if is_engine else _planned(directory)
+    if verify:
+        _verify(directory, manifest, is_engine)
     strings = {token: text for text, token in read_tokenizer(directory).ids.items()}
     decoder, tokens = manifest.decoder, manifest.tokens
     shape = {k: v for k, v in dataclasses.asdict(decoder).items() if k not in ("rope_inv_freq", "max_context")}
@@ -91,6 +99,7 @@ def inspect(source: str) -> dict[str, Any]:
         "tokens": named | {"eos": [{"id": i, "text": strings.get(i)} for i in tokens.eos]},
         "files": files,
         "bytes": sum(files.values()),
+        "verified": verify,
         "tensorrt": None if manifest.tensorrt is None else dataclasses.asdict(manifest.tensorrt),
         "runs_here": _runs_here(manifest) if manifest.tensorrt is None else _tensorrt_here(directory, manifest),
     }
@@ -148,6 +157,16 @@ def _planned(directory: Path) -> Manifest:
         draft_heads=heads,
         source=checkpoint_name(directory),
     )
+
+
+def _verify(directory: Path, manifest: Manifest, is_engine: bool) -> None:
+    if not is_engine:
+        raise EngineError(f"{directory} is a checkpoint, which has no checksums; --verify is for engines")
+    manifest.verify(directory)
+    if manifest.tensorrt is None:
+        from apar.export.engine_weights import read_weights
+
+        read_weights(directory)  # compares the graphs with the manifest, which has no checksum itself
 
 
 def _runs_here(manifest: Manifest) -> dict[str, Any]:
@@ -246,7 +265,7 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         ("[Fork], [Child]", ", ".join(_token(tokens[name]) for name in ("fork", "child"))),
         ("begin, end", ", ".join(_token(t) for t in [*([tokens["bos"]] if "bos" in tokens else []), *tokens["eos"]])),
-        ("size", human_bytes(facts["bytes"])),
+        ("size", human_bytes(facts["bytes"]) + (", checksums are right" if facts["verified"] else "")),
         ("files", "\n".join(f"{human_bytes(size):>7}  {name}" for name, size in facts["files"].items())),
         *([("compiled for", _compiled_text(compiled))] if compiled else []),
         ("runs here", runs),

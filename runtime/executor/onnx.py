@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +19,15 @@ import numpy.typing as npt
 import onnxruntime
 
 from apar import plugins
-from apar.export.errors import ExecutorError, PluginError
-from apar.export.manifest import GRAPH_NAME, HEADS_GRAPH_NAME, PORTABLE_GRAPH_NAME, PORTABLE_HEADS_GRAPH_NAME, Manifest
+from apar.export.errors import EngineError, ExecutorError, PluginError
+from apar.export.manifest import (
+    GRAPH_NAME,
+    HEADS_GRAPH_NAME,
+    MANIFEST_NAME,
+    PORTABLE_GRAPH_NAME,
+    PORTABLE_HEADS_GRAPH_NAME,
+    Manifest,
+)
 from apar.runtime.executor.base import NO_HEADS_REMEDY, Executor
 from apar.runtime.executor.check import check_step
 from apar.runtime.executor.pool import pool_blocks
@@ -98,6 +105,7 @@ class OnnxExecutor(Executor):
         shape: tuple[int, ...] = (2, self.num_blocks, decoder.num_kv_heads, size, decoder.head_dim)
         if self.graph == "portable":
             shape = (2, self._scratch + 1, decoder.num_kv_heads * decoder.head_dim)
+        _check_graph(session, engine, self.manifest, kv_dtype, shape)
         self._binding = session.io_binding()
         self._pools = []
         for layer in range(decoder.num_layers):
@@ -157,7 +165,10 @@ class OnnxExecutor(Executor):
             if self.graph == "native":
                 _register_library(options)
             name = HEADS_GRAPH_NAME if self.graph == "native" else PORTABLE_HEADS_GRAPH_NAME
-            self._heads = _load(self._engine / name, options)
+            session = _load(self._engine / name, options)
+            shape: list[int | None] = [None, heads.count, decoder.vocab_size]
+            _compare(self._engine, {"draft_logits": ("tensor(float)", shape)}, session.get_outputs())
+            self._heads = session
             self._heads_binding = self._heads.io_binding()
             self._draft_logits = _OutputBuffer(heads.count, decoder.vocab_size)
 
@@ -239,6 +250,44 @@ def _load(path: Path, options: onnxruntime.SessionOptions) -> onnxruntime.Infere
         raise ExecutorError(
             f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {_useful(error)}; build the engine again"
         ) from error
+
+
+_Tensor = tuple[str, list[int | None]]
+"""Element type and sizes; None for a size that varies."""
+
+
+def _check_graph(
+    session: onnxruntime.InferenceSession, engine: Path, manifest: Manifest, kv_dtype: str, pool: tuple[int, ...]
+) -> None:
+    """Raise EngineError where the manifest's sizes are not those of the graph that was loaded."""
+    decoder = manifest.decoder
+    element = "tensor(float)" if kv_dtype == "float32" else f"tensor({kv_dtype})"
+    wanted: dict[str, _Tensor] = {
+        f"past_kv_{i}": (element, [*pool[:1], None, *pool[2:]]) for i in range(decoder.num_layers)
+    }
+    wanted["logits"] = ("tensor(float)", [None, decoder.vocab_size])
+    if manifest.draft_heads is not None:
+        wanted["hidden"] = ("tensor(float)", [None, decoder.hidden_size])
+    tensors = [value for value in session.get_inputs() if value.name.startswith("past_kv_")]
+    _compare(engine, wanted, [*tensors, *session.get_outputs()])
+
+
+def _compare(engine: Path, wanted: Mapping[str, _Tensor], tensors: Sequence[onnxruntime.NodeArg]) -> None:
+    found = {
+        value.name: (value.type, [size if isinstance(size, int) else None for size in value.shape])
+        for value in tensors
+        if not value.name.startswith("present_kv_")
+    }
+    for name in sorted({*wanted, *found}):
+        if wanted.get(name) != found.get(name):
+            raise EngineError(
+                f"{engine / MANIFEST_NAME} does not describe this engine's graph: {name} is {_shown(wanted.get(name))} "
+                f"by the manifest, {_shown(found.get(name))} in the graph; copy the engine again or build it again"
+            )
+
+
+def _shown(tensor: _Tensor | None) -> str:
+    return "not there" if tensor is None else f"{tensor[0]} {tensor[1]}".replace("None", "any")
 
 
 def _zeros(shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> npt.NDArray[np.generic]:

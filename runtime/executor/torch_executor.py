@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from apar.export.errors import ExecutorError
-from apar.export.manifest import KV_DTYPES
+from apar.export.manifest_rules import KV_DTYPES
 from apar.runtime.executor.base import NO_HEADS_REMEDY, Executor
 from apar.runtime.executor.check import check_step, padding_free
 from apar.runtime.executor.model import Model

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -415,6 +416,20 @@ class TestInspect:
         assert facts["bytes"] == sum(facts["files"].values())
         table, _ = run(capsys, "inspect", engine)
         assert "109,888" in table and "[SplitMask] = 259" in table and "model.onnx.data" in table
+
+    def test_verify(self, engine: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        copy = tmp_path / "copy"
+        shutil.copytree(engine, copy)
+        assert "checksums are right" in run(capsys, "inspect", str(copy), "--verify")[0]
+        assert json.loads(run(capsys, "inspect", str(copy), "--verify", "--json")[0])["verified"] is True
+        with (copy / "model.onnx.data").open("r+b") as file:
+            file.seek(1000)
+            byte = file.read(1)[0]
+            file.seek(1000)
+            file.write(bytes([byte ^ 4]))
+        assert "checksums" not in run(capsys, "inspect", str(copy))[0]
+        assert "model.onnx.data is damaged" in run(capsys, "inspect", str(copy), "--verify", code=1)[1]
+        assert "which has no checksums" in run(capsys, "inspect", str(checkpoint), "--verify", code=1)[1]
 
     def test_checkpoint(self, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
         facts = json.loads(run(capsys, "inspect", str(checkpoint), "--json")[0])

@@ -116,6 +116,15 @@ def test_an_engine_directory_has_tensorrt_llms_layout_and_ours(
     assert len(set(engine_stage)) > 5
 
 
+def test_a_bfloat16_engine_can_be_loaded(
+    checkpoint: tuple[Path, torch.nn.Module], double: tensorrt_double.Double, tmp_path: Path
+) -> None:
+    built = build(checkpoint[0], tmp_path / "engine", replace(OPTIONS, dtype="bfloat16"))
+    assert built is not None and built.kv_dtype == "bfloat16"
+    assert Manifest.load(tmp_path / "engine") == built
+    built.verify(tmp_path / "engine")
+
+
 def test_eleven_takes_no_network_flag(
     checkpoint: tuple[Path, torch.nn.Module], cuda: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
