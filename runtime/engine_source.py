@@ -6,12 +6,14 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 from apar.export import medusa, onnx_engine
 from apar.export.checkpoint_hints import checkpoint_name, what_is_there
 from apar.export.errors import EngineError
 from apar.export.manifest import ABI_VERSION, FORMAT_VERSION, MANIFEST_NAME, Manifest
+from apar.runtime.file_lock import file_lock
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +37,8 @@ def resolve_engine(source: str | Path, progress: Progress | None = None) -> Path
     """The engine directory for `source`: an engine, a checkpoint directory, or the word `tiny`.
 
     A checkpoint is built once (default options) into the cache directory and found there again as
-    long as its files have the same names, sizes and times. Raises EngineError where `source` is neither
-    or there is no cache directory, and what the build raises.
+    long as its files have the same names, sizes and times; of several processes one builds and the others wait for it.
+    Raises EngineError where `source` is neither or there is no cache directory, and what the build raises.
     """
     checkpoint = tiny_checkpoint() if str(source) == TINY and not Path(source).exists() else Path(source)
     if (checkpoint / MANIFEST_NAME).is_file():
@@ -51,22 +53,36 @@ def resolve_engine(source: str | Path, progress: Progress | None = None) -> Path
         )
     name = checkpoint_name(checkpoint).replace("/", "-")
     target = cache_directory() / "engines" / f"{name}-{_fingerprint(checkpoint)}"
-    if (target / MANIFEST_NAME).is_file():
+    if _is_whole(target):
+        return target
+    with ExitStack() as stack:
         try:
-            Manifest.load(target)
-        except EngineError as error:
-            logger.warning("the cached engine is damaged and is built again: %s", error)
-        else:
-            return target
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise EngineError(
-            f"the cache directory {target.parent} cannot be made ({error.strerror}); name another one in $APAR_CACHE, "
-            "or build the engine with `apar build CHECKPOINT -o DIR`"
-        ) from error
-    onnx_engine.build(checkpoint, target, overwrite=True, progress=progress)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            lock, waiting = (
+                target.with_name(f".{target.name}.lock"),
+                f"{source} is being built by another process; waiting",
+            )
+            stack.enter_context(file_lock(lock, waiting))
+        except OSError as error:
+            raise EngineError(
+                f"the cache directory {target.parent} cannot be made or written to ({error.strerror}); name another "
+                "one in $APAR_CACHE, or build the engine with `apar build CHECKPOINT -o DIR`"
+            ) from error
+        if not _is_whole(target):
+            onnx_engine.build(checkpoint, target, overwrite=True, progress=progress)
     return target
+
+
+def _is_whole(engine: Path) -> bool:
+    """Whether an engine of the cache is there; one that is damaged is not."""
+    if not (engine / MANIFEST_NAME).is_file():
+        return False
+    try:
+        Manifest.load(engine)
+    except EngineError as error:
+        logger.warning("the cached engine is damaged and is built again: %s", error)
+        return False
+    return True
 
 
 def _fingerprint(checkpoint: Path) -> str:
