@@ -163,7 +163,7 @@ class Booking:
                 report.forked.append(self.lifecycle.fork(branch))
 
     def _within_budget(self, groups: RowGroups) -> BoolArray:
-        """Rows whose token still fits `max_tokens`: of a request's rows the first ones, by branch id.
+        """Rows whose token still fits `max_tokens`: of a request's rows the first ones (`Branch.order`).
 
         Takes the tokens that do not fit back out of the requests' counts.
         """

@@ -168,7 +168,7 @@ class BranchBlocks:
         held[request.index] += sum(block not in known for block in blocks.tolist())
         peak[request.index] = max(peak[request.index], held[request.index])
         table.share[slot] = self._common_blocks(branch)
-        if branch.parent is None and len(request.branches) == 1:
+        if not request.preemptions and branch.parent is None and len(request.branches) == 1:
             request.cached_tokens = int(table.computed[slot])
 
     def _common_blocks(self, branch: Branch) -> int:

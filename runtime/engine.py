@@ -33,6 +33,8 @@ from apar.runtime.step_writer import Step
 
 logger = logging.getLogger(__name__)
 
+MAX_PRIORITY = 2**31
+
 Reader = Callable[[StepReport], None]
 """Is shown what each round of a step gave."""
 
@@ -96,7 +98,7 @@ class Engine:
             request_id: for people and logs.
             prompt: token ids.
             params: how to sample, and the request's own limits.
-            priority: a lower one goes first.
+            priority: a lower one goes first; -2**31 .. 2**31.
             arrived: when it arrived, by the engine's clock; now unless given.
             timeout: seconds from its arrival after which it ends with `deadline`, in whatever state it is.
 
@@ -105,6 +107,11 @@ class Engine:
         given: object = timeout  # callers without a type checker pass anything
         if given is not None and not (isinstance(given, int | float) and 0 < given < math.inf):
             raise RequestError(f"timeout must be a number of seconds above 0, not {timeout!r}")
+        rank: object = priority
+        if isinstance(rank, bool) or not isinstance(rank, int) or not -MAX_PRIORITY <= rank <= MAX_PRIORITY:
+            raise RequestError(
+                f"priority must be a whole number from {-MAX_PRIORITY} to {MAX_PRIORITY}, not {priority!r}"
+            )
         arrived = self.clock() if arrived is None else arrived
         seed = fresh_seed() if params.seed is None else params.seed
         prepared = self.sampler.prepare(params)

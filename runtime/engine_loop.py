@@ -90,13 +90,14 @@ class EngineLoop:
                         self._wake.wait()
                     if self._closing:
                         break
-                    commands = list(self._commands)
-                    self._commands.clear()
-                for command in commands:
-                    command()
+                # One by one: if one of them ends the loop, the others are still to be told.
+                for _ in range(len(self._commands)):
+                    self._commands.popleft()()
                 self.step_since = monotonic()
-                answers = self.text.step()
-                self.step_since = None
+                try:
+                    answers = self.text.step()
+                finally:
+                    self.step_since = None
                 for answer in answers:
                     self._deliver(answer)
         except BaseException as error:
@@ -112,6 +113,14 @@ class EngineLoop:
             commands = list(self._commands)
             self._commands.clear()
         for command in commands:
-            command()
+            _attempt(command)
         self._stopped(self._failure)
         self.text.close()
+
+
+def _attempt(command: Callable[[], None]) -> None:
+    """Run a command after the engine's end, when it may be in any state: nobody may be left waiting for that."""
+    try:
+        command()
+    except Exception:
+        logger.exception("a command failed after the engine's end")

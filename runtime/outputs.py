@@ -97,7 +97,7 @@ class Timing:
     time_to_first_token: float
     total: float
     steps: int
-    """Steps between its first sampled token and its last, both counted: plain decoding needs `completion_tokens`."""
+    """Steps in which it sampled: plain decoding needs `completion_tokens`."""
     preemptions: int = 0
 
 

@@ -73,6 +73,8 @@ class Preemption:
         for branch in request.live:
             self.blocks.release(branch, remember=True)
             branch.parked = False
+        # `release` leaves blocks in the count that other requests refer to as well.
+        self.requests.held[request.index] = 0
         self.catching.drop(request)
         request.preemptions += 1
         self.counters.preemptions += 1

@@ -78,7 +78,10 @@ class TextEngine:
         if not isinstance(given, SamplingParams):
             raise RequestError(f"params must be SamplingParams, not {type(given).__name__}")
         if request_id is None:
-            request_id = f"request-{next(self._numbers)}"
+            request_id = next(name for n in self._numbers if (name := f"request-{n}") not in self._by_id)
+        given = request_id
+        if not isinstance(given, str):
+            raise RequestError(f"request_id must be a string, not {type(given).__name__}")
         if request_id in self._by_id:
             raise RequestError(f"a request with id {request_id!r} is still running; give each request its own id")
         if params.bad_words:

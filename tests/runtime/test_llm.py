@@ -468,6 +468,37 @@ class TestAsync:
 
         self.run(tiny_engine, scenario)
 
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"priority": "high"}, "priority must be a whole number from -2147483648 to 2147483648, not 'high'"),
+            ({"priority": 2**70}, "priority must be a whole number"),
+            ({"priority": None}, "priority must be a whole number"),
+            ({"priority": True}, "priority must be a whole number"),
+            ({"request_id": 5}, "request_id must be a string, not int"),
+            ({"request_id": ["a"]}, "request_id must be a string, not list"),
+        ],
+    )
+    def test_arguments_that_are_none_harm_nobody(
+        self, tiny_engine: Path, lists: list[Any], options: dict[str, Any], message: str
+    ) -> None:
+        async def scenario(model: AsyncLLM) -> None:
+            good = asyncio.create_task(model.generate(lists[0], PARAMS))
+            with pytest.raises(RequestError, match=message):
+                await model.generate(lists[1], PARAMS, timeout=60, **options)
+            assert (await good).finish_reason == "stop"
+
+        self.run(tiny_engine, scenario)
+
+    def test_a_callers_id_may_look_like_ours(self, tiny_engine: Path, lists: list[Any]) -> None:
+        async def scenario(model: AsyncLLM) -> None:
+            stream = model.stream(lists[0], ENDLESS, request_id="request-0")
+            await anext(aiter(stream))
+            assert (await model.generate(lists[1], PARAMS)).request_id == "request-1"
+            await stream.aclose()  # type: ignore[attr-defined]
+
+        self.run(tiny_engine, scenario)
+
     def test_ids_in_use_are_refused(self, tiny_engine: Path, lists: list[Any]) -> None:
         async def scenario(model: AsyncLLM) -> None:
             stream = model.stream(lists[0], ENDLESS, request_id="same")

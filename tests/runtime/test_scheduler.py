@@ -90,6 +90,26 @@ def test_preempted_trees_resume_exactly(num_blocks: int, caching: bool) -> None:
     assert any(r.preemptions and len(r.branches) > 1 for r in requests)
 
 
+def test_what_a_preempted_request_says_of_itself() -> None:
+    """Blocks that other requests refer to are no longer its own, and what it computed itself is no cached prompt."""
+    params = dataclasses.replace(LONG, fork=False)
+    prompt = next(prompt for prompt in prompts_of(21) if len(reference_tree(prompt, params, 96).tokens) > 40)
+    engine = make(256)
+    first = engine.submit("first", prompt, params)
+    for _ in range(20):
+        engine.step()
+    second = engine.submit("second", prompt, params)
+    for _ in range(5):
+        engine.step()
+        engine.scheduler.preempt(first)
+        engine.step()
+    blocks = int(engine.scheduler.table.num_blocks[first.root.slot])
+    run(engine)
+    assert first.preemptions == 5
+    assert (first.cached_tokens, second.cached_tokens) == (0, 20)
+    assert first.peak_blocks == second.peak_blocks == -(-(len(prompt) + len(first.root.tokens)) // 4) > blocks
+
+
 def test_preemption_with_finished_siblings_and_finished_root() -> None:
     texts = prompts(12, seed=5)
     engine = make()

@@ -389,3 +389,26 @@ def test_a_loop_that_dies_tells_everyone(tiny_engine: Path) -> None:
     with pytest.raises(EngineStoppedError, match="the engine stopped: broken"):
         loop.call(lambda: 5).result(WAIT_SECONDS)
     assert not loop.post(lambda: None) and loop.close(WAIT_SECONDS)
+
+
+def test_a_loop_that_dies_answers_what_was_to_come(tiny_engine: Path) -> None:
+    from apar.runtime.engine_loop import EngineLoop
+
+    text = load_text_engine(tiny_engine, num_blocks=16)
+    told = threading.Event()
+    loop = EngineLoop(text, lambda answer: None, lambda why: told.set())
+    held, go = threading.Event(), threading.Event()
+    loop.start()
+    assert loop.post(lambda: (held.set(), go.wait(WAIT_SECONDS), None)[-1])
+    assert held.wait(WAIT_SECONDS)
+    # All of these are taken up together, and the first ends the loop.
+    assert loop.post(lambda: (_ for _ in ()).throw(RuntimeError("broken")))
+    waiting = loop.call(lambda: 5)
+    assert loop.post(lambda: (_ for _ in ()).throw(RuntimeError("broken once more")))
+    also_waiting = loop.call(lambda: 1 / 0)
+    go.set()
+    assert waiting.result(WAIT_SECONDS) == 5
+    with pytest.raises(ZeroDivisionError):
+        also_waiting.result(WAIT_SECONDS)
+    assert told.wait(WAIT_SECONDS) and loop.close(WAIT_SECONDS)
+    assert loop.step_since is None

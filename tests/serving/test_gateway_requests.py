@@ -200,6 +200,8 @@ class TestChat:
             ({"n": 0}, "n", "whole number"),
             ({"stream": "yes"}, "stream", "true or false"),
             ({"stream_options": []}, "stream_options", "object"),
+            ({"stream_options": {"include_usage": True}}, "stream_options", "only allowed when stream is true"),
+            ({"stream": False, "stream_options": {}}, "stream_options", "only allowed when stream is true"),
             ({"top_logprobs": 3}, "top_logprobs", "needs logprobs"),
             ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "from 0 to 20"),
             ({"max_branchs": 2}, "max_branchs", "did you mean max_branches"),

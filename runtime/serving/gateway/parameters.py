@@ -52,6 +52,8 @@ _HARMLESS = {
     "safety_identifier",
 }
 """Fields of OpenAI's that the answer's meaning does not hang on: read over."""
+NO_OBJECT: Mapping[str, Any] = {}
+"""Stands for an object that a request does not have."""
 MISSPELT = 0.82
 """How alike an unknown field and a known one are taken for a misspelling."""
 
@@ -93,12 +95,15 @@ def read_common(body: Mapping[str, Any], chat: bool, model_name: str, max_tokens
         values["top_k"] = 0  # how clients of vLLM write "no limit"
     params = _sampling(values, limit_name)
     inputs = model_inputs(params, values)
+    stream = flag(body, "stream")
     options = _object(body, "stream_options")
+    if options is not NO_OBJECT and not stream:
+        raise invalid("stream_options", "stream_options is only allowed when stream is true")
     milliseconds = _whole(body, "timeout_ms", 1, 2**31 - 1)
     seconds = deadline if milliseconds is None else min(deadline, milliseconds / 1e3)
     return Common(
         inputs | {"timeout_ms": min(2**31 - 1, round(1e3 * seconds))},
-        flag(body, "stream"),
+        stream,
         flag(options, "include_usage", "stream_options.include_usage"),
         flag(body, "branch_events"),
         _whole(body, "n", 1, 128) or 1,
@@ -176,7 +181,7 @@ def _check_model(model: Any, known: str) -> None:
 def _object(body: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     value = body.get(name)
     if value is None:
-        return {}
+        return NO_OBJECT
     if not isinstance(value, dict):
         raise invalid(name, f"{name} must be an object")
     return value
