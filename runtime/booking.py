@@ -13,6 +13,7 @@ from apar.runtime.branch import Branch, Request
 from apar.runtime.branch_table import BranchTable
 from apar.runtime.lifecycle import Lifecycle
 from apar.runtime.outputs import FinishReason
+from apar.runtime.request_queues import RequestQueues
 from apar.runtime.request_table import RequestTable
 from apar.runtime.row_groups import RowGroups
 from apar.runtime.step import Int32Array, IntArray
@@ -48,18 +49,26 @@ class Booking:
     """Writes sampled tokens into the tables and lets happen what follows from them.
 
     Args:
+        queues: know the branches of a step's rows.
         table: live branches.
         requests: admitted requests.
         lifecycle: bears and ends branches.
         tokens: ids of [Fork] and the ends.
     """
 
-    def __init__(self, table: BranchTable, requests: RequestTable, lifecycle: Lifecycle, tokens: TokenIds) -> None:
+    def __init__(
+        self,
+        queues: RequestQueues,
+        table: BranchTable,
+        requests: RequestTable,
+        lifecycle: Lifecycle,
+        tokens: TokenIds,
+    ) -> None:
+        self.queues = queues
         self.table = table
         self.requests = requests
         self.lifecycle = lifecycle
         self.tokens = tokens
-        self._ends = np.array(tokens.eos, dtype=np.int32)
 
     def book(self, step: Step, tokens: Int32Array, failed: Sequence[int] = ()) -> StepReport:
         """Book a step that ran: `tokens` [L] were sampled for `step.sampled`.
@@ -119,43 +128,46 @@ class Booking:
             groups = RowGroups.of(groups.requests[kept])
         if not slots.size:
             return
-        requests.remaining[groups.owners] -= groups.sizes
-        requests.steps[groups.owners] += steps
+        owners, place = groups.owners, groups.place
+        remaining = requests.remaining[owners] - groups.sizes
+        requests.remaining[owners] = remaining
+        requests.steps[owners] += steps
         self.lifecycle.counters.tokens += slots.size
-        self.lifecycle.counters.request_steps += steps * groups.owners.size
-        owners = groups.requests
-        exhausted = requests.remaining[owners] <= 0
-        surplus: list[int] = []
+        self.lifecycle.counters.request_steps += steps * owners.size
+        exhausted = remaining <= 0
+        dropped: list[Branch] = []
         if exhausted.any():
             kept = self._within_budget(groups)
-            surplus = slots[~kept].tolist()
-            slots, counters, tokens = slots[kept], counters[kept], tokens[kept]
-            owners, exhausted = owners[kept], exhausted[kept]
+            dropped = self.queues.branches_at(slots[~kept])
+            slots, counters, tokens, place = slots[kept], counters[kept], tokens[kept], place[kept]
         length = table.length[slots]
         table.tokens[slots, length] = tokens
         length += 1
         table.length[slots] = length
-        table.first_step[slots[counters == 0]] = report.step
-        ends = (tokens == self._ends[0]) if self._ends.size == 1 else np.isin(tokens, self._ends)
-        happens = ends | (tokens == self.tokens.fork) | exhausted | (length >= table.limit[slots])
-        happens |= requests.stop_tokens[owners]
-        branches = table.branches
-        report.branches = [branches[slot] for slot in slots.tolist()]
+        if np.count_nonzero(counters) < counters.size:
+            table.first_step[slots[counters == 0]] = report.step
+        happens = length >= table.limit[slots]
+        for token in (self.tokens.fork, *self.tokens.eos):
+            happens |= tokens == token
+        watched = exhausted | requests.stop_tokens[owners]
+        if watched.any():
+            happens |= watched[place]
+        report.branches = self.queues.branches_at(slots)
         report.tokens = tokens.tolist()
-        dropped = [branch for slot in surplus if (branch := branches[slot]) is not None]
-        self._book_events(report, np.flatnonzero(happens).tolist(), ends)
+        self._book_events(report, happens.nonzero()[0].tolist())
         for branch in dropped:
             self._end(report, branch, "length")
 
-    def _book_events(self, report: StepReport, rows: list[int], ends: BoolArray) -> None:
+    def _book_events(self, report: StepReport, rows: list[int]) -> None:
         """Handle rows whose token forked, ended a branch, or met a limit."""
         table, remaining = self.table, self.requests.remaining
         for i in rows:
             branch, token = report.branches[i], report.tokens[i]
             slot, request = branch.slot, branch.request
             params = request.params
-            if ends[i] or token in params.stop_token_ids:
-                kept = params.include_stop_in_output and not ends[i]
+            ends = token in self.tokens.eos
+            if ends or token in params.stop_token_ids:
+                kept = params.include_stop_in_output and not ends
                 self._end(report, branch, "stop", drop_last=not kept)
             elif remaining[request.index] <= 0 or table.length[slot] >= table.limit[slot]:
                 self._end(report, branch, "length")
@@ -170,7 +182,7 @@ class Booking:
         requests, owners = self.requests, groups.owners
         surplus = np.maximum(-requests.remaining[owners], 0)
         requests.remaining[owners] += surplus
-        kept: BoolArray = groups.rank() < np.repeat(groups.sizes - surplus, groups.sizes)
+        kept: BoolArray = groups.rank() < (groups.sizes - surplus)[groups.place]
         return kept
 
     def _fail_rows(self, report: StepReport, slots: IntArray, failed: Sequence[int]) -> BoolArray:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from apar.runtime.branch import Branch
@@ -12,6 +14,17 @@ from apar.runtime.step import Int32Array, IntArray
 
 NO_BLOCKS = np.zeros(0, dtype=np.int32)
 NO_COPIES = np.zeros((0, 2), dtype=np.int32)
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """Blocks that rows of a step must take before their tokens have a place."""
+
+    slots: IntArray
+    """[n] branches that need any."""
+    sizes: Int32Array
+    """[n] how many, those that replace shared tails included."""
+    total: int
 
 
 class BranchBlocks:
@@ -31,12 +44,17 @@ class BranchBlocks:
         self._moves = NO_COPIES
         """[C, 2] slot copies of accepted draft nodes; the next step makes them, whoever is in it."""
 
-    def needed(self, rows: IntArray, counts: Int32Array) -> Int32Array:
-        """Blocks that each row must take to hold its next `counts` tokens, copies of shared tails included."""
+    def claim(self, rows: IntArray, counts: Int32Array) -> Claim:
+        """What `rows` [n] need to hold their next `counts` [n] tokens; nothing is taken yet."""
         table, size = self.table, self.cache.block_size
-        end = table.computed[rows] + counts
-        needed: Int32Array = (end + (size - 1)) // size - table.num_blocks[rows] + table.copy_tail[rows]
-        return needed
+        missing = table.computed[rows] + counts
+        missing += size - 1
+        missing //= size
+        missing -= table.num_blocks[rows]
+        missing += table.copy_tail[rows]
+        takers = missing.nonzero()[0]
+        sizes = missing[takers]
+        return Claim(rows[takers], sizes, int(sizes.sum()) if takers.size else 0)
 
     def room(self, slot: int) -> int:
         """Tokens that a branch could compute now if it took every available block."""
@@ -44,21 +62,18 @@ class BranchBlocks:
         blocks = int(table.num_blocks[slot]) - int(table.copy_tail[slot]) + self.cache.available
         return blocks * self.cache.block_size - int(table.computed[slot])
 
-    def take(self, rows: IntArray, needed: Int32Array) -> Int32Array:
-        """Extend the rows' tables by `needed` blocks; returns the slot copies [C, 2] that un-share their tails."""
-        table = self.table
-        takers = np.flatnonzero(needed)
-        if not takers.size:
+    def take(self, claim: Claim) -> Int32Array:
+        """Extend tables by what was claimed; returns the slot copies [C, 2] that un-share their tails."""
+        table, slots, sizes, total = self.table, claim.slots, claim.sizes, claim.total
+        if not total:
             return NO_COPIES
-        slots, sizes = rows[takers], needed[takers]
         # A row with a shared tail needs at least the block that replaces it, so it is among the takers.
         tails = slots[table.copy_tail[slots] != 0]
         sources = table.block_table[tails, table.num_blocks[tails] - 1]
         table.num_blocks[tails] -= 1
         table.copy_tail[tails] = 0
-        total = int(sizes.sum())
         blocks = self.cache.allocate(total)
-        if total == takers.size:
+        if total == slots.size:
             table.block_table[slots, table.num_blocks[slots]] = blocks
         else:
             first = np.cumsum(sizes) - sizes

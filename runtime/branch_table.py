@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from apar.runtime.branch import Branch
 from apar.runtime.kv_cache import KVCacheError
@@ -84,6 +85,11 @@ class BranchTable:
         branch.slot = -1
         self._free.append(slot)
 
-    def blocks(self, slot: int) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+    def branches_at(self, slots: npt.NDArray[np.int64]) -> list[Branch]:
+        """The branches in `slots`, all of which are taken."""
+        branches = self.branches
+        return [branch for slot in slots.tolist() if (branch := branches[slot]) is not None]
+
+    def blocks(self, slot: int) -> npt.NDArray[np.int32]:
         """The blocks listed by a slot (a view)."""
         return self.block_table[slot, : self.num_blocks[slot]]

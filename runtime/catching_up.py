@@ -6,18 +6,23 @@ from bisect import insort
 
 import numpy as np
 
-from apar.runtime.branch import Branch, Request, RequestState
+from apar.runtime.branch import Branch, Request
 from apar.runtime.branch_blocks import BranchBlocks
 from apar.runtime.branch_table import BranchTable
 from apar.runtime.limits import SchedulerLimits
+from apar.runtime.request_queues import RequestQueues
 from apar.runtime.request_table import RequestTable
 from apar.runtime.step_writer import Plan
+
+NEWBORN = 2
+"""Pending tokens of a child: [Fork] and [Child]."""
 
 
 class CatchingUp:
     """Gives chunks of missing tokens to requests, in their order, until all their branches are level.
 
     Args:
+        queues: of requests.
         table: live branches.
         requests: admitted requests; `catching_up` marks those that are listed here.
         blocks: of the branches.
@@ -25,8 +30,14 @@ class CatchingUp:
     """
 
     def __init__(
-        self, table: BranchTable, requests: RequestTable, blocks: BranchBlocks, limits: SchedulerLimits
+        self,
+        queues: RequestQueues,
+        table: BranchTable,
+        requests: RequestTable,
+        blocks: BranchBlocks,
+        limits: SchedulerLimits,
     ) -> None:
+        self.queues = queues
         self.table = table
         self.requests = requests
         self.blocks = blocks
@@ -34,6 +45,8 @@ class CatchingUp:
         self.starved: Request | None = None
         """The first request that got no block in the last step."""
         self._listed: list[Request] = []
+        self._new: list[Request] = []
+        """Those of them that have not been looked at by `add_chunks`."""
 
     def __bool__(self) -> bool:
         return bool(self._listed)
@@ -46,12 +59,15 @@ class CatchingUp:
         if not self.requests.catching_up[request.index]:
             self.requests.catching_up[request.index] = True
             insort(self._listed, request, key=lambda r: r.sort_key)
+            self._new.append(request)
 
     def drop(self, request: Request) -> None:
         """Take a request off the list, if it is there."""
         if self.requests.catching_up[request.index]:
             self.requests.catching_up[request.index] = False
             self._listed.remove(request)
+            if request in self._new:
+                self._new.remove(request)
 
     def reorder(self, request: Request) -> None:
         """Move a request to its place after its `sort_key` changed, if it is listed."""
@@ -61,9 +77,16 @@ class CatchingUp:
 
     def settle(self) -> bool:
         """Take those off the list that are level; returns whether there were any."""
-        level = [request for request in self._listed if not self._behind(request)]
-        for request in level:
-            self.drop(request)
+        if not self._listed:
+            return False
+        rows = self.queues.rows()
+        groups = self.queues.groups_of(rows)
+        pending = self.table.length[rows] - self.table.computed[rows]
+        allowed = np.where(self.requests.live[groups.owners] > 1, NEWBORN, 1)
+        behind = np.maximum.reduceat(pending, groups.starts) > allowed
+        level = groups.owners[self.requests.catching_up[groups.owners] & ~behind].tolist()
+        for index in level:
+            self.drop(self.requests.at(index))
         return bool(level)
 
     def distrust(self, blocks: set[int]) -> None:
@@ -82,6 +105,8 @@ class CatchingUp:
         budget = min(most, self.limits.max_step_tokens - int(plan.counts.sum()))
         seats = self.limits.max_rows - plan.rows.size
         for request in self._listed:
+            if not seats or not budget:
+                break
             for branch, missing in self._missing(request):
                 if not seats or not budget:
                     break
@@ -90,12 +115,16 @@ class CatchingUp:
                     self.starved = self.starved or request
                     continue
                 row, size = np.array([branch.slot]), np.array([count], dtype=np.int32)
-                copies.append(blocks.take(row, blocks.needed(row, size)))
+                copies.append(blocks.take(blocks.claim(row, size)))
                 plan.registered += blocks.register(branch, int(table.computed[branch.slot]) + count)
                 rows.append(branch.slot)
                 counts.append(count)
                 budget -= count
                 seats -= 1
+        # Requests that have to wait hold what the prefix cache has of them, lest it be evicted before their turn.
+        for request in self._new:
+            self._missing(request)
+        self._new.clear()
         if rows:
             plan.rows = np.concatenate((plan.rows, np.array(rows)))
             plan.counts = np.concatenate((plan.counts, np.array(counts, dtype=np.int32)))
@@ -128,14 +157,7 @@ class CatchingUp:
     def _lag(self, branch: Branch) -> int:
         """Tokens that a branch must compute before it can sample together with its siblings.
 
-        A branch is level with one pending token, a newborn child with two ([Fork] and [Child]).
+        A branch is level with one pending token, a newborn child with two.
         """
         pending = self._pending(branch)
-        return pending - 1 if pending > 2 else 0
-
-    def _behind(self, request: Request) -> bool:
-        assert request.state is RequestState.RUNNING
-        branches = [branch for branch in request.live if not branch.parked]
-        if len(request.live) == 1:
-            return self._pending(branches[0]) > 1
-        return any(self._lag(branch) for branch in branches)
+        return pending - 1 if pending > NEWBORN else 0

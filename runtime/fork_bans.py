@@ -52,18 +52,18 @@ class ForkBans:
             length: [L] of their paths.
             last: [L] the last token of each.
         """
-        requests, owners = self.requests, groups.requests
-        live = requests.live[owners]
-        banned: BoolArray = length > self.table.fork_limit[slots]
+        requests, owners = self.requests, groups.owners
+        live, most = requests.live[owners], requests.max_branches[owners]
+        full = (live >= most) | (requests.remaining[owners] <= live)
+        banned: BoolArray = full[groups.place]
+        banned |= length > self.table.fork_limit[slots]
         banned |= last == self.tokens.fork
         banned |= last == self.tokens.child
-        banned |= requests.remaining[owners] <= live
-        # Rank among the rows that may still fork, all others of the request and of the step before it included.
-        if not groups.single:
+        if (~full & (live + groups.sizes > most)).any():
+            # Not all rows of some request may fork: the first ones, of those that nothing else forbids it.
             candidates = ~banned
             before: IntArray = np.cumsum(candidates) - candidates
-            live = live + before - np.repeat(before[groups.starts], groups.sizes)
-        banned |= live >= requests.max_branches[owners]
+            banned |= (live - before[groups.starts])[groups.place] + before >= most[groups.place]
         if banned.size - np.count_nonzero(banned) > self.table.num_free:
             candidates = ~banned
             banned |= np.cumsum(candidates) > self.table.num_free

@@ -52,7 +52,7 @@ class FirstCome:
             return None
         count = groups.starts.size
         first = self._rotation % count
-        order = np.roll(np.arange(count), -first)
+        order = np.arange(first, first + count) % count
         # The first one even where it takes kept seats, too: a request never has more branches than a step has rows.
         taken = max(1, int((np.cumsum(groups.sizes[order]) <= seats).sum()))
         self._rotation = first + taken
@@ -74,6 +74,6 @@ class FirstCome:
         """[R] rows of the chosen groups; counts the others as paused."""
         kept = np.zeros(groups.starts.size, dtype=bool)
         kept[chosen] = True
-        rows: BoolArray = np.repeat(kept, groups.sizes)
+        rows: BoolArray = kept[groups.place]
         self.counters.pauses += rows.size - int(np.count_nonzero(rows))
         return rows

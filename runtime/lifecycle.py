@@ -117,7 +117,7 @@ class Lifecycle:
         parent.children.append(child)
         self.requests.live[request.index] += 1
         self.requests.born[request.index] += 1
-        self.queues.branches_changed()
+        self.queues.branch_born(child)
         self.counters.forks += 1
         return child
 
@@ -134,12 +134,12 @@ class Lifecycle:
         branch.end_dropped = drop_last
         branch.first_step = int(table.first_step[slot])
         branch.last_step = self.step_index
+        self.queues.branch_gone(branch)
         self.blocks.release(branch, remember=branch.parent is None and reason != "error")
         self.sampler.detach(slot)
         table.give_back(branch)
         request.live.remove(branch)
         self.requests.live[request.index] -= 1
-        self.queues.branches_changed()
         if not request.live:
             self._finish_request(request, reason)
             return True

@@ -56,7 +56,7 @@ class Preemption:
         self.blocks.release(branch, remember=True)
         branch.parked = True
         self.counters.parked += 1
-        self.queues.branches_changed()
+        self.queues.parking_changed()
         self.catching.settle()
 
     def feed_starved(self) -> None:
@@ -90,5 +90,5 @@ class Preemption:
                 return
             branch.parked = False
             active += 1
-            self.queues.branches_changed()
+            self.queues.parking_changed()
             self.catching.begin(request)

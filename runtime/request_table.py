@@ -18,7 +18,7 @@ class RequestTable:
     def __init__(self, capacity: int) -> None:
         self.requests: list[Request | None] = [None] * capacity
         self._free = list(range(capacity - 1, -1, -1))
-        self.remaining = np.zeros(capacity, dtype=np.int32)
+        self.remaining = np.zeros(capacity, dtype=np.int64)
         """Tokens of `max_tokens` that are left to sample, over the whole tree."""
         self.max_branches = np.zeros(capacity, dtype=np.int32)
         self.live = np.zeros(capacity, dtype=np.int32)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from apar.runtime.step import Int32Array, IntArray
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class RowGroups:
     """Groups of consecutive rows that belong to one request."""
 
@@ -45,7 +46,12 @@ class RowGroups:
         """Whether every group has one row."""
         return self.starts.size == self.requests.size
 
+    @cached_property
+    def place(self) -> IntArray:
+        """[R] group of each row: `values[place]` gives what groups [G] have in common to their rows."""
+        return np.repeat(np.arange(self.starts.size), self.sizes)
+
     def rank(self) -> IntArray:
         """[R] place of each row in its group."""
-        ranks: IntArray = np.arange(self.requests.size) - np.repeat(self.starts, self.sizes)
+        ranks: IntArray = np.arange(self.requests.size) - self.starts[self.place]
         return ranks

@@ -74,7 +74,7 @@ class Scheduler:
         self.requests = requests = RequestTable(limits.max_live_branches)
         self.blocks = blocks = BranchBlocks(table, requests, cache)
         self.queues = queues = RequestQueues(table)
-        self.catching = catching = CatchingUp(table, requests, blocks, limits)
+        self.catching = catching = CatchingUp(queues, table, requests, blocks, limits)
         self.counters = counters = SchedulerCounters()
         self.policy = policy = FirstCome(queues, counters, limits)
         if limits.fork_policy == "adaptive":
@@ -89,7 +89,7 @@ class Scheduler:
         self._writer = StepWriter(table, requests, self._fork_bans, limits.max_step_tokens)
         self.speculation: Speculation | None = None
         """Drafts for the rows of steps, where the engine speculates."""
-        self._booking = Booking(table, requests, lifecycle, tokens)
+        self._booking = Booking(queues, table, requests, lifecycle, tokens)
 
     # ---------------------------------------------------------------- requests in and out
 
@@ -177,6 +177,7 @@ class Scheduler:
         owned = sum(len(request.live) for request in (*self.running, *self.waiting))
         if owned != len(live):
             raise KVCacheError(f"{len(live)} branches hold slots, requests list {owned}")
+        self.queues.check()
 
     def load(self) -> dict[str, int]:
         """Gauges for people and metrics."""
@@ -290,19 +291,19 @@ class Scheduler:
             reach = self.speculation.reach(rows)
             rows = reach.rows
         counts = table.length[rows] - table.computed[rows]
-        needed = self.blocks.needed(rows, counts)
-        if needed.sum() > self.cache.available:
+        claim = self.blocks.claim(rows, counts)
+        if claim.total > self.cache.available:
             return None
         drafts = None
         if self.speculation is not None and reach is not None:
             drafts = self.speculation.draft(reach, counts, self.limits.max_step_tokens)
         if drafts is not None:
-            more = self.blocks.needed(rows, counts + drafts.sizes)
-            if more.sum() <= self.cache.available - self._reserve():
-                counts, needed = counts + drafts.sizes, more
+            more = self.blocks.claim(rows, counts + drafts.sizes)
+            if more.total <= self.cache.available - self._reserve():
+                counts, claim = counts + drafts.sizes, more
             else:
                 drafts = None
-        plan = Plan(rows, counts, self.blocks.take(rows, needed), drafts=drafts)
+        plan = Plan(rows, counts, self.blocks.take(claim), drafts=drafts)
         if self.catching:
             self.catching.add_chunks(plan, self.policy.prompt_tokens(rows))
         if not plan.rows.size:

@@ -71,13 +71,14 @@ class StepWriter:
     def write(self, plan: Plan, groups: RowGroups, resuming: bool) -> Step:
         """Write the arrays of the step contract for a plan.
 
-        `groups` are the plan's rows by request; `resuming`: some rows may belong to trees that are not level yet.
+        `groups` are the plan's rows by request; `resuming`: some may belong to requests that lack K/V. All other rows
+        compute everything that they have pending, and sample.
         """
         table, size = self.table, self.table.block_size
         rows, counts, drafts = plan.rows, plan.counts, plan.drafts
         num_rows = rows.size
         query_start = np.zeros(num_rows + 1, dtype=np.int32)
-        np.cumsum(counts, out=query_start[1:])
+        np.add.accumulate(counts, out=query_start[1:])
         num_tokens = int(query_start[-1])
         computed = table.computed[rows]
         kv_len = computed + counts
@@ -87,7 +88,12 @@ class StepWriter:
             row_of_token = np.repeat(self._arange[:num_rows], counts)
             token_rows = rows[row_of_token]
             index = (computed - query_start[:-1])[row_of_token] + self._arange[:num_tokens]
-        column, offset = np.divmod(index, size)
+        # block * size + index % size, in fewer passes.
+        column = index // size
+        slot_mapping = table.block_table[token_rows, column]
+        slot_mapping -= column
+        slot_mapping *= size
+        slot_mapping += index
         length = table.length[rows]
         pending, last, mask = counts, query_start[1:] - 1, self._no_mask[:num_tokens]
         if drafts is None:
@@ -103,24 +109,22 @@ class StepWriter:
             positions[places] = length[drafts.rows] - 1 + drafts.tree.depth[drafts.nodes]
             if not drafts.linear:
                 mask = drafts.tree_mask(query_start, index - np.repeat(computed, counts))
-        complete = computed + pending == length
+        sampled, sampled_groups = rows, groups
         if resuming:
             # A tree that is being resumed samples only when all its branches have caught up.
-            several = self.requests.live[groups.requests] > 1
-            complete &= ~(self.requests.catching_up[groups.requests] & several)
-        if complete.all():
-            sampled, sampled_groups = rows, groups
-        else:
-            wanted = np.flatnonzero(complete)
-            sampled, length, last = rows[wanted], length[wanted], last[wanted]
-            sampled_groups = RowGroups.of(groups.requests[wanted])
+            waits = self.requests.catching_up[groups.owners] & (self.requests.live[groups.owners] > 1)
+            complete = (computed + pending == length) & ~waits[groups.place]
+            if not complete.all():
+                wanted = np.flatnonzero(complete)
+                sampled, length, last = rows[wanted], length[wanted], last[wanted]
+                sampled_groups = RowGroups.of(groups.requests[wanted])
         inputs = StepInputs(
             input_ids=ids,
             position_ids=positions,
             query_start=query_start,
             kv_len=kv_len,
             block_table=table.block_table[rows, : int(table.num_blocks[rows].max())],
-            slot_mapping=table.block_table[token_rows, column] * size + offset,
+            slot_mapping=slot_mapping,
             slot_copies=plan.copies,
             prefix_rows=groups.bounds,
             prefix_blocks=self._shared_blocks(rows, groups),
