@@ -135,14 +135,28 @@ class TestFaults:
 
 
 class TestEnd:
-    def test_answers_in_flight_are_completed(self, start: Any) -> None:
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+    def test_answers_in_flight_are_completed(self, start: Any, number: signal.Signals) -> None:
         service = start("--drain-seconds", "120")
         streams = [Stream(service, max_tokens=150) for _ in range(2)]
-        service.process.send_signal(signal.SIGTERM)
+        service.process.send_signal(number)
         assert wait_for(lambda: refusal(service) == "shutting_down")
         for stream in streams:
             stream.wait()
             assert stream.error is None and stream.finish_reason == "length"
+        assert service.process.wait(WAIT_SECONDS) == 0
+
+    def test_a_terminal_that_is_closed_ends_nothing_under_nohup(self, start: Any) -> None:
+        before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # inherited, as nohup has it
+        try:
+            service = start()
+        finally:
+            signal.signal(signal.SIGHUP, before)
+        service.process.send_signal(signal.SIGHUP)
+        stream = Stream(service, max_tokens=20)
+        stream.wait()
+        assert stream.error is None and stream.finish_reason == "length"
+        service.process.send_signal(signal.SIGTERM)
         assert service.process.wait(WAIT_SECONDS) == 0
 
     def test_answers_that_take_too_long_end_with_an_error(self, start: Any) -> None:
