@@ -104,6 +104,8 @@ def _line(line: str, where: str) -> Any:
         return json.loads(line)
     except json.JSONDecodeError as error:
         raise RequestError(f"{where}: no JSON object ({error.msg}); a plain text must not begin with {{") from error
+    except RecursionError as error:
+        raise RequestError(f"{where}: the JSON object is nested too deep") from error
 
 
 def _samples(paths: list[list[int]], longest: int) -> list[Sample]:

@@ -10,7 +10,7 @@ from itertools import count
 
 import numpy as np
 
-from apar.export.errors import RequestError
+from apar.export.errors import CapacityError, RequestError
 from apar.runtime.booking import StepReport
 from apar.runtime.branch import Request
 from apar.runtime.device_logits import DeviceLogits
@@ -48,6 +48,8 @@ class Engine:
         draft: speculative decoding (docs/speculation.md): options, or a method's name; none by default.
         clock: seconds, never going back; deadlines and the service level are counted by it.
         step_cost: predicts steps for the fork policy `adaptive`; fitted to the steps that run unless given.
+
+    Raises CapacityError where tables of the limits' sizes do not fit into memory.
     """
 
     def __init__(
@@ -66,9 +68,15 @@ class Engine:
         self.cache = KVCache(executor.num_blocks, manifest.block_size, limits.prefix_caching)
         self.sampler = Sampler(manifest.decoder.vocab_size, manifest.tokens, limits.max_live_branches)
         self.step_cost = FittedStepCost() if step_cost is None else step_cost
-        self.scheduler = Scheduler(
-            manifest.tokens, manifest.decoder.max_context, self.cache, self.sampler, limits, self.step_cost
-        )
+        try:
+            self.scheduler = Scheduler(
+                manifest.tokens, manifest.decoder.max_context, self.cache, self.sampler, limits, self.step_cost
+            )
+        except MemoryError as error:
+            raise CapacityError(
+                f"the tables of {limits.max_live_branches} branches with paths of {manifest.decoder.max_context} "
+                "tokens do not fit into memory; give smaller max_rows or max_live_branches"
+            ) from error
         options = DraftOptions.of(draft)
         self._typical = options.enabled and options.acceptance == "typical"
         if options.enabled:

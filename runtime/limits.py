@@ -10,6 +10,8 @@ from apar.runtime.service_level import ServiceLevel
 
 ForkPolicy = Literal["always", "never", "adaptive"]
 FORK_POLICIES: tuple[str, ...] = get_args(ForkPolicy)
+LARGEST = {"max_rows": 1 << 16, "max_step_tokens": 1 << 24, "max_live_branches": 1 << 20}
+"""Far beyond any machine's use; arrays are allocated by these."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +31,10 @@ class SchedulerLimits:
     """What `adaptive` keeps to."""
 
     def __post_init__(self) -> None:
-        for name in ("max_rows", "max_step_tokens", "max_live_branches"):
+        for name, most in LARGEST.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise CapacityError(f"{name} must be a whole number of at least 1, not {value!r}")
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+                raise CapacityError(f"{name} must be a whole number from 1 to {most}, not {value!r}")
         if self.fork_policy not in FORK_POLICIES:
             raise CapacityError(f"fork_policy must be one of {', '.join(FORK_POLICIES)}, not {self.fork_policy!r}")
         if self.max_step_tokens < 2 * self.max_rows:

@@ -160,7 +160,7 @@ def load_cost_model(source: str) -> CostModel:
     except FileNotFoundError:
         known = ", ".join(COST_MODELS)
         raise RequestError(f"there is no cost model {source!r}: give one of {known}, or a JSON file") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RequestError(f"the cost model cannot be read from {source}: {error}") from error
     fields = [field.name for field in dataclasses.fields(CostModel)]
     if not isinstance(content, dict):

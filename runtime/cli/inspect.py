@@ -173,9 +173,12 @@ def _runs_here(manifest: Manifest) -> dict[str, Any]:
     import importlib.util
 
     from apar.runtime.bench.machine import cpu_model, kernel_isa
+    from apar.runtime.executor.choice import choose
     from apar.runtime.executor.pool import pool_blocks
     from apar.runtime.executor.threads import default_threads
 
+    if choose(manifest, {}) != "onnx":
+        return _gpu_here(manifest)
     isa, reason = kernel_isa()
     kv_dtype = manifest.kv_dtype if isa else "float32"
     blocks = pool_blocks(manifest, kv_dtype, None, None)
@@ -191,6 +194,25 @@ def _runs_here(manifest: Manifest) -> dict[str, Any]:
         "num_blocks": blocks,
         "pool_bytes": blocks * manifest.block_size * manifest.decoder.kv_bytes_per_token(kv_dtype),
         "other_executors": ["torch"] if torch else [],
+    }
+
+
+def _gpu_here(manifest: Manifest) -> dict[str, Any]:
+    """A GPU runs the engine with the torch executor. How many blocks fit is known once the weights are there."""
+    from apar.plugins.cuda_driver import CudaDevice
+    from apar.runtime.bench.machine import cpu_model
+
+    return {
+        "executor": "torch",
+        "graph": None,
+        "isa": None,
+        "reason": f"{CudaDevice().name} can run it",
+        "cpu": cpu_model(),
+        "threads": None,
+        "kv_dtype": manifest.dtype if manifest.dtype != "float32" else "bfloat16",
+        "num_blocks": None,
+        "pool_bytes": None,
+        "other_executors": ["onnx"],
     }
 
 
@@ -239,7 +261,9 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         weights = quantized_text(facts)
     extra = [n.replace("_", " ") for n in ("attention_bias", "mlp_bias", "tie_word_embeddings") if model[n]]
     compiled = facts["tensorrt"]
-    if compiled is None:
+    if here["executor"] == "torch":
+        runs = "torch executor, on the GPU"
+    elif compiled is None:
         graph = here["graph"] + (f" graph, {here['isa']} kernels" if here["isa"] else " graph")
         runs = f"{here['executor']} executor, {graph}, {here['threads']} threads"
     else:
@@ -271,15 +295,17 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("runs here", runs),
         ("because", here["reason"]),
         ("processor", here["cpu"]),
-        (
-            "KV pool",
-            f"{here['num_blocks']:,} blocks {'at most' if compiled else 'by default'}, "
-            f"up to {human_bytes(here['pool_bytes'])} ({here['kv_dtype']})",
-        ),
+        ("KV pool", _pool_text(here, "at most" if compiled else "by default")),
     ]
     if compiled is None:
         lines.append(("other executors", ", ".join(here["other_executors"]) or "none (torch is not installed)"))
     return lines
+
+
+def _pool_text(here: Mapping[str, Any], how: str) -> str:
+    if here["num_blocks"] is None:
+        return f"what the weights leave of the GPU's memory ({here['kv_dtype']})"
+    return f"{here['num_blocks']:,} blocks {how}, up to {human_bytes(here['pool_bytes'])} ({here['kv_dtype']})"
 
 
 def _compiled_text(facts: dict[str, Any]) -> str:

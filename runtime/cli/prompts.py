@@ -97,7 +97,7 @@ def _is_system(turns: Sequence[Any]) -> bool:
 def _json_list(text: str) -> list[Any] | None:
     try:
         value = json.loads(text)
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, RecursionError):
         return None
     return value if isinstance(value, list) else None
 
@@ -109,6 +109,8 @@ def _line(line: str, where: str) -> PromptEntry:
         return _entry(json.loads(line), where)
     except json.JSONDecodeError as error:
         raise RequestError(f"{where}: no JSON object ({error.msg}); a plain prompt must not begin with {{") from error
+    except RecursionError as error:
+        raise RequestError(f"{where}: the JSON object is nested too deep") from error
 
 
 def _entry(item: Any, where: str) -> PromptEntry:

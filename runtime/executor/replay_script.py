@@ -43,7 +43,7 @@ def load_trees(path: Path) -> list[dict[str, Any]]:
     """
     try:
         trees = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ExecutorError(f"recorded trees cannot be read from {path}: {error}") from error
     if not isinstance(trees, list):
         raise ExecutorError(f"{path} holds no list of trees")

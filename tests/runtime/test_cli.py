@@ -399,6 +399,18 @@ class TestGenerate:
         _, err = run(capsys, "generate", engine, "hello", "--threads", "5000", code=1)
         assert "threads must be between 1 and 1024" in err
 
+    @pytest.mark.parametrize("option", ["--max-rows", "--max-step-tokens"])
+    def test_tables_that_memory_does_not_hold(
+        self, engine: str, option: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        _, err = run(capsys, "generate", engine, "hello", option, str(10**13), code=2)
+        assert f"{option[2:].replace('-', '_')} must be a whole number from 1 to" in err
+
+    def test_prompts_nested_too_deep(self, engine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        file = tmp_path / "prompts.jsonl"
+        file.write_text('{"prompt": ' + "[" * 100_000)
+        assert "nested too deep" in run(capsys, "generate", engine, "--file", str(file), code=2)[1]
+
     def test_a_pool_that_memory_does_not_hold(self, engine: str) -> None:
         done = shell("ulimit -v 30000000; ", "generate", engine, "hello", "--kv-memory-mb", "99999999")
         assert done.returncode == 1 and "Traceback" not in done.stderr
@@ -416,6 +428,19 @@ class TestInspect:
         assert facts["bytes"] == sum(facts["files"].values())
         table, _ = run(capsys, "inspect", engine)
         assert "109,888" in table and "[SplitMask] = 259" in table and "model.onnx.data" in table
+
+    def test_where_a_gpu_can_run_it(
+        self, engine: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        class Device:  # stands for a GPU, which the machines of these tests need not have
+            name = "Fake GPU"
+
+        monkeypatch.setattr("apar.runtime.executor.choice.choose", lambda manifest, options: "torch")
+        monkeypatch.setattr("apar.plugins.cuda_driver.CudaDevice", Device)
+        here = json.loads(run(capsys, "inspect", engine, "--json")[0])["runs_here"]
+        assert (here["executor"], here["reason"]) == ("torch", "Fake GPU can run it")
+        table, _ = run(capsys, "inspect", engine)
+        assert "torch executor, on the GPU" in table and "what the weights leave of the GPU's memory" in table
 
     def test_verify(self, engine: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         copy = tmp_path / "copy"

@@ -90,6 +90,15 @@ def test_preempted_trees_resume_exactly(num_blocks: int, caching: bool) -> None:
     assert any(r.preemptions and len(r.branches) > 1 for r in requests)
 
 
+def test_tables_that_memory_does_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("apar.runtime.scheduler.BranchTable", fail)
+    with pytest.raises(CapacityError, match="tables of 256 branches with paths of 96 tokens do not fit into memory"):
+        make()
+
+
 def test_what_a_preempted_request_says_of_itself() -> None:
     """Blocks that other requests refer to are no longer its own, and what it computed itself is no cached prompt."""
     params = dataclasses.replace(LONG, fork=False)
