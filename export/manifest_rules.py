@@ -19,7 +19,7 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "int": int, "float": (int, float), "str": str, "bool": bool, "int | None": (int, type(None)),
     "dict[str, int]": dict, "dict[str, str]": dict,
 }  # fmt: skip
-_MAY_BE_0 = ("group_size", "engine_id", "bos", "pad", "fork", "child", "rms_norm_eps")
+_MAY_BE_0 = ("group_size", "engine_id", "bos", "pad", "fork", "child", "rms_norm_eps", "blocks")
 _MOST = {"num_layers": 1 << 14, "count": 256, "blocks": 256, "tp_size": 1 << 12}
 """So that a wrong number does not become an hour of counting."""
 _LARGEST = 2**31 - 1

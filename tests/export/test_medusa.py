@@ -48,6 +48,21 @@ def test_draft_logits_equal_the_definition(variant: str, tied: bool, tmp_path: P
         executor.close()
 
 
+def test_heads_may_be_a_matrix_each_and_nothing_else(tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "checkpoint", "gqa")
+    heads = make_heads(tmp_path / "checkpoint" / "medusa", count=2, blocks=0)
+    manifest = build(tmp_path / "checkpoint", tmp_path / "engine")
+    assert manifest.draft_heads == DraftHeads(2, 0) == Manifest.load(tmp_path / "engine").draft_heads
+    tokens = random_tokens(20)
+    expected = expect(model, heads, tokens).numpy()
+    for name, options in EXECUTORS:
+        executor = load_executor(tmp_path / "engine", name, num_blocks=4, **options)
+        executor.load_draft_heads()
+        executor.execute(one_row(tokens, [19]))
+        assert np.abs(executor.draft_logits(np.array([0])) - expected[[19]]).max() <= EXACT
+        executor.close()
+
+
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_quantised_engines_draft_with_quantised_heads(quantize: str, tied: bool, tmp_path: Path) -> None:
