@@ -41,7 +41,7 @@ struct FloatLinear {
   static constexpr int kMostTokens = V::kFloatTokens, kStepBytes = kLinearTile * kTogether * sizeof(Element);
   static constexpr bool kHasZeros = false;
   // Few tokens leave registers for several tiles, and need them: each sum waits for its last addition.
-  static constexpr int kMostTiles = 4;
+  static constexpr int kTilesOfOne = 4, kTilesOfTwo = 2;
 
   // For N tokens and kTiles tiles.
   template <int N, int kTiles, bool>
@@ -57,7 +57,8 @@ struct FloatLinear {
       x[n] = static_cast<const float*>(call.values) + (token + n) * call.value_stride + at.first * kTogether;
     const char* ahead = at.ahead;
     for (int64_t k = at.first; k < at.last; ++k, w += kLinearTile * kTogether) {
-      // So few tokens that several tiles are taken wait for nothing else: the processor fetches ahead by itself.
+      // So few tokens that several tiles are taken do little but read: the processor fetches ahead by itself, the
+      // faster the more streams there are.
       if (kTiles == 1) __builtin_prefetch(ahead);
       ahead += at.ahead_stride;
       for (int i = 0; i < kTogether; ++i) {

@@ -19,53 +19,38 @@ struct Int8Linear {
   using Reg = typename V::Reg;
   using Int = typename V::Int;
   static constexpr int W = V::kWidth, kVectors = kLinearTile / W;
-  static constexpr int kMostTokens = V::kIntegerTokens, kMostTiles = 1, kStepBytes = kLinearTile * 4, kTogether = 4;
+  static constexpr int kMostTokens = V::kIntegerTokens, kStepBytes = kLinearTile * 4, kTogether = 4;
+  // So few tokens wait for memory: see FloatLinear::segment.
+  static constexpr int kTilesOfOne = 4, kTilesOfTwo = 4;
   static constexpr bool kHasZeros = true;
 
-  // A segment for N tokens: one unit without groups, several with them.
-  template <int N, int, bool kZeros>
+  // A segment of kTiles tiles for N tokens: one unit without groups, several with them.
+  template <int N, int kTiles, bool kZeros>
   static void segment(const LinearCall& call, const Segment& at, int64_t token, float* sums) {
-    const uint8_t* weight = static_cast<const uint8_t*>(call.weight) + (at.tile * call.steps + at.first) * kStepBytes;
+    const int64_t tile_bytes = call.steps * kStepBytes;
+    const uint8_t* weight = static_cast<const uint8_t*>(call.weight) + at.tile * tile_bytes + at.first * kStepBytes;
     const int64_t length = call.unit / 4;
     const char* ahead = at.ahead;
     for (int64_t step = at.first; step < at.last;) {
       const int64_t end = step + length < at.last ? step + length : at.last;
       const int64_t unit = step / length;
-      Int sum[N][kVectors];
+      Int sum[kTiles][N][kVectors];
       const int16_t* x[N];
       for (int n = 0; n < N; ++n) {
         x[n] = static_cast<const int16_t*>(call.values) + (token + n) * call.value_stride + step * 4;
         const Int start = kZeros ? V::zero() : V::set_int(call.units[(token + n) * call.unit_stride + unit].start);
-        for (int v = 0; v < kVectors; ++v) sum[n][v] = start;
+        for (int t = 0; t < kTiles; ++t)
+          for (int v = 0; v < kVectors; ++v) sum[t][n][v] = start;
       }
       for (; step < end; ++step, weight += kStepBytes) {
-        __builtin_prefetch(ahead);
+        if (kTiles == 1) __builtin_prefetch(ahead);
         ahead += at.ahead_stride;
-        Int codes[kVectors];
-        for (int v = 0; v < kVectors; ++v) codes[v] = V::codes(weight + v * W * 4);
-        for (int i = 0; i < 2; ++i) {
-          Int words[kVectors];
-          for (int v = 0; v < kVectors; ++v) words[v] = i == 0 ? V::even(codes[v]) : V::odd(codes[v]);
-          for (int n = 0; n < N; ++n) {
-            const Int input = V::pair(x[n] + i * 2);
-            for (int v = 0; v < kVectors; ++v) sum[n][v] = V::dot_words(sum[n][v], words[v], input);
-          }
-        }
+        for (int t = 0; t < kTiles; ++t) add_step<N>(weight + t * tile_bytes, x, sum[t]);
         for (int n = 0; n < N; ++n) x[n] += 4;
       }
       keep_in_memory(sums);
-      const int64_t group = (at.tile * call.groups + (call.groups > 1 ? unit : 0)) * kLinearTile;
-      for (int v = 0; v < kVectors; ++v) {
-        const Int zero = kZeros ? V::widen(call.zeros + group + v * W) : V::zero();
-        const Reg scale =
-            call.group_scales != nullptr ? V::load_bfloat16(call.group_scales + group + v * W) : V::set(1.0f);
-        for (int n = 0; n < N; ++n) {
-          const Unit& u = call.units[(token + n) * call.unit_stride + unit];
-          const Int exact = kZeros ? V::remove(sum[n][v], zero, static_cast<int32_t>(u.sum)) : sum[n][v];
-          float* to = sums + n * kLinearTile + v * W;
-          V::store(to, V::fma(V::mul(V::convert(exact), V::set(u.scale)), scale, V::load(to)));
-        }
-      }
+      for (int t = 0; t < kTiles; ++t)
+        add_unit<N, kZeros>(call, at.tile + t, token, unit, sum[t], sums + t * kTokenBlock * kLinearTile);
     }
   }
 
@@ -89,6 +74,41 @@ struct Int8Linear {
       *units = {quantizer.scale, static_cast<float>(sum), -128 * sum};
     }
   }
+
+ private:
+  // The products of four channels of a tile.
+  template <int N>
+  static inline __attribute__((always_inline)) void add_step(const uint8_t* weight, const int16_t* const* x,
+                                                             Int (*sum)[kVectors]) {
+    Int codes[kVectors];
+    for (int v = 0; v < kVectors; ++v) codes[v] = V::codes(weight + v * W * 4);
+    for (int i = 0; i < 2; ++i) {
+      Int words[kVectors];
+      for (int v = 0; v < kVectors; ++v) words[v] = i == 0 ? V::even(codes[v]) : V::odd(codes[v]);
+      for (int n = 0; n < N; ++n) {
+        const Int input = V::pair(x[n] + i * 2);
+        for (int v = 0; v < kVectors; ++v) sum[n][v] = V::dot_words(sum[n][v], words[v], input);
+      }
+    }
+  }
+
+  // A unit's sums of a tile, scaled, to `to`.
+  template <int N, bool kZeros>
+  static inline __attribute__((always_inline)) void add_unit(const LinearCall& call, int64_t tile, int64_t token,
+                                                             int64_t unit, const Int (*sum)[kVectors], float* to) {
+    const int64_t group = (tile * call.groups + (call.groups > 1 ? unit : 0)) * kLinearTile;
+    for (int v = 0; v < kVectors; ++v) {
+      const Int zero = kZeros ? V::widen(call.zeros + group + v * W) : V::zero();
+      const Reg scale =
+          call.group_scales != nullptr ? V::load_bfloat16(call.group_scales + group + v * W) : V::set(1.0f);
+      for (int n = 0; n < N; ++n) {
+        const Unit& u = call.units[(token + n) * call.unit_stride + unit];
+        const Int exact = kZeros ? V::remove(sum[n][v], zero, static_cast<int32_t>(u.sum)) : sum[n][v];
+        float* at = to + n * kLinearTile + v * W;
+        V::store(at, V::fma(V::mul(V::convert(exact), V::set(u.scale)), scale, V::load(at)));
+      }
+    }
+  }
 };
 
 template <class V>
@@ -96,72 +116,15 @@ struct Int4Linear {
   using Reg = typename V::Reg;
   using Int = typename V::Int;
   static constexpr int W = V::kWidth, kVectors = kLinearTile / W;
-  static constexpr int kMostTokens = V::kIntegerTokens, kMostTiles = 1, kStepBytes = kLinearTile * 4, kTogether = 8;
+  static constexpr int kMostTokens = V::kIntegerTokens, kStepBytes = kLinearTile * 4, kTogether = 8;
+  // One token waits for memory: see FloatLinear::segment. Two have enough to do.
+  static constexpr int kTilesOfOne = 4, kTilesOfTwo = 1;
   static constexpr bool kHasZeros = true;
 
-  // A segment, unit by unit, for N tokens.
-  template <int N, int kUnit, bool kZeros>
-  __attribute__((noinline)) static void units(const LinearCall& call, const Segment& at, int64_t token, float* sums) {
-    constexpr int kSteps = kUnit / 8;
-    const uint8_t* weight = static_cast<const uint8_t*>(call.weight) + (at.tile * call.steps + at.first) * kStepBytes;
-    const char* ahead = at.ahead;
-    const int8_t* x[N];
-    const Unit* u[N];
-    for (int n = 0; n < N; ++n) {
-      x[n] = static_cast<const int8_t*>(call.values) + (token + n) * call.value_stride + at.first * 8;
-      u[n] = call.units + (token + n) * call.unit_stride + at.first / kSteps;
-    }
-    // Units to go in the group, which has its scales at `group`.
-    const int64_t per_group = call.group_size / kUnit;
-    int64_t left = per_group, group = (at.tile * call.groups + at.first / (call.group_size / 8)) * kLinearTile;
-    for (int64_t count = (at.last - at.first) / kSteps; count > 0; --count) {
-      Int sum[N][kVectors];
-      for (int n = 0; n < N; ++n) {
-        const Int start = kZeros ? V::zero() : V::set_int(u[n]->start);
-        for (int v = 0; v < kVectors; ++v) sum[n][v] = start;
-      }
-#pragma GCC unroll 4
-      for (int q = 0; q < kSteps; ++q) {
-        __builtin_prefetch(ahead);
-        ahead += at.ahead_stride;
-        Int codes[kVectors];
-        for (int v = 0; v < kVectors; ++v) codes[v] = V::codes(weight + v * W * 4);
-        weight += kStepBytes;
-        for (int half = 0; half < 2; ++half) {
-          Int bytes[kVectors];
-          for (int v = 0; v < kVectors; ++v) bytes[v] = half == 0 ? V::low(codes[v]) : V::high(codes[v]);
-          for (int n = 0; n < N; ++n) {
-            const Int input = V::quad(x[n] + q * 8 + half * 4);
-            for (int v = 0; v < kVectors; ++v) sum[n][v] = V::dot_bytes(sum[n][v], bytes[v], input);
-          }
-        }
-      }
-      keep_in_memory(sums);
-      for (int v = 0; v < kVectors; ++v) {
-        const Reg scale = V::load_bfloat16(call.group_scales + group + v * W);
-        const Reg zero = kZeros ? V::convert(V::widen(call.zeros + group + v * W)) : V::set(0.0f);
-        for (int n = 0; n < N; ++n) {
-          Reg exact = V::convert(V::bytes_sum(sum[n][v]));
-          if (kZeros) exact = V::fma(zero, V::set(-u[n]->sum), exact);
-          float* to = sums + n * kLinearTile + v * W;
-          V::store(to, V::fma(V::mul(exact, V::set(u[n]->scale)), scale, V::load(to)));
-        }
-      }
-      for (int n = 0; n < N; ++n) {
-        x[n] += kUnit;
-        ++u[n];
-      }
-      if (--left == 0) {
-        left = per_group;
-        group += kLinearTile;
-      }
-    }
-  }
-
-  template <int N, int, bool kZeros>
+  template <int N, int kTiles, bool kZeros>
   static void segment(const LinearCall& call, const Segment& at, int64_t token, float* sums) {
-    if (call.unit == 16) return units<N, 16, kZeros>(call, at, token, sums);
-    return units<N, 32, kZeros>(call, at, token, sums);
+    if (call.unit == 16) return units<N, 16, kTiles, kZeros>(call, at, token, sums);
+    return units<N, 32, kTiles, kZeros>(call, at, token, sums);
   }
 
   static Reg scale(const LinearCall&, int64_t, int) { return V::set(1.0f); }
@@ -182,6 +145,84 @@ struct Int4Linear {
         for (int64_t i = first; i < first + call.unit; i += 8)
           sum += V::to_bytes(channels + i, quantizer.factor, to + k + i);
         *units = {quantizer.scale, static_cast<float>(sum), V::start(to + k + first, call.unit, sum)};
+      }
+    }
+  }
+
+ private:
+  // A segment of kTiles tiles, unit by unit, for N tokens.
+  template <int N, int kUnit, int kTiles, bool kZeros>
+  __attribute__((noinline)) static void units(const LinearCall& call, const Segment& at, int64_t token, float* sums) {
+    constexpr int kSteps = kUnit / 8;
+    const int64_t tile_bytes = call.steps * kStepBytes;
+    const uint8_t* weight = static_cast<const uint8_t*>(call.weight) + at.tile * tile_bytes + at.first * kStepBytes;
+    const char* ahead = at.ahead;
+    const int8_t* x[N];
+    const Unit* u[N];
+    for (int n = 0; n < N; ++n) {
+      x[n] = static_cast<const int8_t*>(call.values) + (token + n) * call.value_stride + at.first * 8;
+      u[n] = call.units + (token + n) * call.unit_stride + at.first / kSteps;
+    }
+    // Units to go in the group, which has its scales at `group`.
+    const int64_t per_group = call.group_size / kUnit, tile_scales = call.groups * kLinearTile;
+    int64_t left = per_group, group = at.tile * tile_scales + at.first / (call.group_size / 8) * kLinearTile;
+    for (int64_t count = (at.last - at.first) / kSteps; count > 0; --count) {
+      Int sum[kTiles][N][kVectors];
+      for (int n = 0; n < N; ++n) {
+        const Int start = kZeros ? V::zero() : V::set_int(u[n]->start);
+        for (int t = 0; t < kTiles; ++t)
+          for (int v = 0; v < kVectors; ++v) sum[t][n][v] = start;
+      }
+#pragma GCC unroll 4
+      for (int q = 0; q < kSteps; ++q) {
+        if (kTiles == 1) __builtin_prefetch(ahead);
+        ahead += at.ahead_stride;
+        for (int t = 0; t < kTiles; ++t) add_step<N>(weight + t * tile_bytes, x, q * 8, sum[t]);
+        weight += kStepBytes;
+      }
+      keep_in_memory(sums);
+      for (int t = 0; t < kTiles; ++t)
+        add_unit<N, kZeros>(call, group + t * tile_scales, u, sum[t], sums + t * kTokenBlock * kLinearTile);
+      for (int n = 0; n < N; ++n) {
+        x[n] += kUnit;
+        ++u[n];
+      }
+      if (--left == 0) {
+        left = per_group;
+        group += kLinearTile;
+      }
+    }
+  }
+
+  // The products of eight channels of a tile, from `channel` of x on.
+  template <int N>
+  static inline __attribute__((always_inline)) void add_step(const uint8_t* weight, const int8_t* const* x, int channel,
+                                                             Int (*sum)[kVectors]) {
+    Int codes[kVectors];
+    for (int v = 0; v < kVectors; ++v) codes[v] = V::codes(weight + v * W * 4);
+    for (int half = 0; half < 2; ++half) {
+      Int bytes[kVectors];
+      for (int v = 0; v < kVectors; ++v) bytes[v] = half == 0 ? V::low(codes[v]) : V::high(codes[v]);
+      for (int n = 0; n < N; ++n) {
+        const Int input = V::quad(x[n] + channel + half * 4);
+        for (int v = 0; v < kVectors; ++v) sum[n][v] = V::dot_bytes(sum[n][v], bytes[v], input);
+      }
+    }
+  }
+
+  // A unit's sums of a tile, scaled, to `to`; the tile's scales and zero points of the unit's group are at `group`.
+  template <int N, bool kZeros>
+  static inline __attribute__((always_inline)) void add_unit(const LinearCall& call, int64_t group,
+                                                             const Unit* const* u, const Int (*sum)[kVectors],
+                                                             float* to) {
+    for (int v = 0; v < kVectors; ++v) {
+      const Reg scale = V::load_bfloat16(call.group_scales + group + v * W);
+      const Reg zero = kZeros ? V::convert(V::widen(call.zeros + group + v * W)) : V::set(0.0f);
+      for (int n = 0; n < N; ++n) {
+        Reg exact = V::convert(V::bytes_sum(sum[n][v]));
+        if (kZeros) exact = V::fma(zero, V::set(-u[n]->sum), exact);
+        float* at = to + n * kLinearTile + v * W;
+        V::store(at, V::fma(V::mul(exact, V::set(u[n]->scale)), scale, V::load(at)));
       }
     }
   }

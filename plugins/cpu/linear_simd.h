@@ -62,10 +62,9 @@ inline SegmentFunction segment_function(int64_t size, std::index_sequence<kSizes
   return functions[size - 1];
 }
 
-template <class V, class Linear, int kTiles, bool kZeros>
+// kTiles tiles for a block of tokens, of which at most kMost go through a segment together.
+template <class V, class Linear, int kTiles, int kMost, bool kZeros>
 void multiply_block(const LinearCall& call, int64_t tile, int64_t token, int64_t count, Sums& sums) {
-  // Tokens that go through a segment together.
-  constexpr int kMost = Linear::kMostTokens > kTiles ? Linear::kMostTokens / kTiles : 1;
   const int64_t groups = (count + kMost - 1) / kMost;
   const int64_t tile_bytes = call.steps * Linear::kStepBytes;
   const char* weight = static_cast<const char*>(call.weight) + tile * tile_bytes;
@@ -95,13 +94,12 @@ void multiply_tiles(const LinearCall& call, int64_t first, int64_t last) {
     const int64_t left = call.num_tokens - token;
     const int64_t count = left < kTokenBlock ? left : int64_t{kTokenBlock};
     int64_t tile = first;
-    if constexpr (Linear::kMostTiles > 1) {
-      for (; count == 1 && tile + 4 <= last; tile += 4)
-        multiply_block<V, Linear, 4, kZeros>(call, tile, token, count, sums);
-      for (; count <= 2 && tile + 2 <= last; tile += 2)
-        multiply_block<V, Linear, 2, kZeros>(call, tile, token, count, sums);
-    }
-    for (; tile < last; ++tile) multiply_block<V, Linear, 1, kZeros>(call, tile, token, count, sums);
+    for (; count == 1 && tile + Linear::kTilesOfOne <= last; tile += Linear::kTilesOfOne)
+      multiply_block<V, Linear, Linear::kTilesOfOne, 1, kZeros>(call, tile, token, count, sums);
+    for (; count <= 2 && tile + Linear::kTilesOfTwo <= last; tile += Linear::kTilesOfTwo)
+      multiply_block<V, Linear, Linear::kTilesOfTwo, 2, kZeros>(call, tile, token, count, sums);
+    for (; tile < last; ++tile)
+      multiply_block<V, Linear, 1, Linear::kMostTokens, kZeros>(call, tile, token, count, sums);
   }
 }
 
