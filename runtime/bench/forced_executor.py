@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
+from apar.runtime.bench.passing_executor import PassingExecutor
 from apar.runtime.engine import Engine
 from apar.runtime.executor.base import Executor
 from apar.runtime.executor.replay import ReplayExecutor
@@ -31,13 +32,13 @@ class StepRecord:
     """Blocks over all branches' tables: what they would hold if every branch had its whole path to itself."""
 
 
-class ForcedExecutor(Executor):
+class ForcedExecutor(PassingExecutor):
     """Computes steps with `executor`, answers with recorded trees. Closes `executor`."""
 
     def __init__(self, executor: Executor, trees: Sequence[Tree]) -> None:
         """Raises ExecutorError if a tree is malformed or the engine's vocabulary is too small to tell trees apart."""
+        super().__init__(executor)
         shape, size = executor.manifest.decoder, executor.manifest.block_size
-        self._executor = executor
         self._replay = ReplayExecutor(
             trees,
             num_blocks=executor.num_blocks,
@@ -45,10 +46,7 @@ class ForcedExecutor(Executor):
             vocab_size=shape.vocab_size,
             max_context=shape.max_context,
         )
-        self.name = executor.name
         self.manifest = self._replay.manifest
-        self.num_blocks = executor.num_blocks
-        self.detail = executor.detail
         self.engine: Engine | None = None
         """Whose books are recorded."""
         self.records: list[StepRecord] = []

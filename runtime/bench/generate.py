@@ -15,7 +15,7 @@ from time import perf_counter
 from typing import Any
 
 from apar.runtime.bench.bandwidth import read_bandwidth, step_weight_bytes
-from apar.runtime.bench.machine import describe_machine, peak_memory
+from apar.runtime.bench.machine import describe_engine, describe_machine, peak_memory
 from apar.runtime.bench.timed_executor import TimedExecutor
 from apar.runtime.engine import Engine
 from apar.runtime.executor.base import Executor
@@ -177,15 +177,7 @@ class GenerateBench:
         weight_bytes = step_weight_bytes(manifest)
         return {
             "bench": "generate",
-            "engine": {
-                "source": manifest.source,
-                "dtype": manifest.dtype,
-                "quantize": manifest.quantize,
-                "kv_dtype": manifest.kv_dtype,
-                "block_size": manifest.block_size,
-                "executor": self._executor.name,
-                "detail": self._executor.detail,
-            },
+            "engine": describe_engine(manifest, self._executor),
             "settings": {
                 "repeat": repeat,
                 "concurrency": concurrency,

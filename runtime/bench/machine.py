@@ -7,7 +7,11 @@ import platform
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from apar.export.manifest import Manifest
+    from apar.runtime.executor.base import Executor
 
 PACKAGES = ("apar", "onnxruntime", "numpy", "onnx", "torch")
 
@@ -26,6 +30,20 @@ def describe_machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": {name: version for name in PACKAGES if (version := _version(name))},
+    }
+
+
+def describe_engine(manifest: Manifest, executor: Executor) -> dict[str, Any]:
+    """The engine that was measured, and what ran it."""
+    return {
+        "source": manifest.source,
+        "dtype": manifest.dtype,
+        "quantize": manifest.quantize,
+        "group_size": manifest.group_size,
+        "kv_dtype": manifest.kv_dtype,
+        "block_size": manifest.block_size,
+        "executor": executor.name,
+        "detail": executor.detail,
     }
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from apar.export.errors import CapacityError
 from apar.runtime.bench.bandwidth import read_bandwidth, step_weight_bytes
-from apar.runtime.bench.machine import describe_machine, peak_memory
+from apar.runtime.bench.machine import describe_engine, describe_machine, peak_memory
 from apar.runtime.executor import Executor
 from apar.runtime.executor.threads import default_threads
 from apar.runtime.step import StepInputs
@@ -60,7 +60,6 @@ def bench_rows(
     weight_bytes = step_weight_bytes(executor.manifest)
     seconds = {count: statistics.median(times) for count, times in took.items()}
     fewest = min(rows)
-    manifest = executor.manifest
     return {
         "bench": "rows",
         "rows": [
@@ -75,15 +74,7 @@ def bench_rows(
             }
             for count in rows
         ],
-        "engine": {
-            "source": manifest.source,
-            "dtype": manifest.dtype,
-            "quantize": manifest.quantize,
-            "group_size": manifest.group_size,
-            "kv_dtype": manifest.kv_dtype,
-            "executor": executor.name,
-            "detail": executor.detail,
-        },
+        "engine": describe_engine(executor.manifest, executor),
         "settings": {"context": context, "steps": steps, "rounds": rounds, "threads": threads},
         "bandwidth": {
             "read_bytes_per_second": round(bandwidth),

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from time import perf_counter
 
+from apar.runtime.bench.passing_executor import PassingExecutor
 from apar.runtime.device_logits import DeviceLogits
 from apar.runtime.executor.base import Executor
-from apar.runtime.step import Float32Array, IntArray, StepInputs
+from apar.runtime.step import Float32Array, StepInputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,17 +27,11 @@ class StepRecord:
         return self.rows == self.tokens
 
 
-class TimedExecutor(Executor):
+class TimedExecutor(PassingExecutor):
     """Passes everything to another executor; `records` holds a StepRecord a step."""
 
     def __init__(self, executor: Executor) -> None:
-        self._executor = executor
-        self.name = executor.name
-        self.manifest = executor.manifest
-        self.num_blocks = executor.num_blocks
-        self.detail = executor.detail
-        self.memory_bound_tokens = executor.memory_bound_tokens
-        self.mixes_drafts = executor.mixes_drafts
+        super().__init__(executor)
         self.records: list[StepRecord] = []
 
     def execute(self, inputs: StepInputs) -> Float32Array:
@@ -54,15 +49,3 @@ class TimedExecutor(Executor):
         logits = self._executor.logits(inputs)
         self.records.append(StepRecord(rows, tokens, started, perf_counter()))
         return logits
-
-    def load_draft_heads(self) -> None:
-        """See Executor.load_draft_heads."""
-        self._executor.load_draft_heads()
-
-    def draft_logits(self, wanted: IntArray) -> Float32Array:
-        """See Executor.draft_logits."""
-        return self._executor.draft_logits(wanted)
-
-    def close(self) -> None:
-        """See Executor.close."""
-        self._executor.close()

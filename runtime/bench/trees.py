@@ -16,7 +16,7 @@ from typing import Any
 from apar.export.errors import ExecutorError, RequestError
 from apar.runtime.bench.bandwidth import read_bandwidth, step_weight_bytes
 from apar.runtime.bench.forced_executor import ForcedExecutor, StepRecord
-from apar.runtime.bench.machine import describe_machine, peak_memory
+from apar.runtime.bench.machine import describe_engine, describe_machine, peak_memory
 from apar.runtime.bench.workload import Workload, forks
 from apar.runtime.branch import Request
 from apar.runtime.engine import Engine
@@ -139,15 +139,7 @@ class TreesBench:
         weight_bytes = step_weight_bytes(manifest)
         return {
             "bench": "trees",
-            "engine": {
-                "source": manifest.source,
-                "dtype": manifest.dtype,
-                "quantize": manifest.quantize,
-                "kv_dtype": manifest.kv_dtype,
-                "block_size": manifest.block_size,
-                "executor": self._executor.name,
-                "detail": self._executor.detail,
-            },
+            "engine": describe_engine(manifest, self._executor),
             "settings": {
                 "workload": self._workload.name,
                 "answers": len(answers),

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from apar.runtime.bench.cost_model import CostModel, StepWork
+from apar.runtime.bench.passing_executor import PassingExecutor
 from apar.runtime.engine import Engine
 from apar.runtime.executor.base import Executor
-from apar.runtime.step import Float32Array, IntArray, StepInputs
+from apar.runtime.step import Float32Array, StepInputs
 
 
 @dataclass(slots=True)
@@ -22,17 +23,12 @@ class StepRecord:
     """Blocks over all branches' tables: what they would hold if every branch had its whole path to itself."""
 
 
-class VirtualExecutor(Executor):
+class VirtualExecutor(PassingExecutor):
     """Passes steps to another executor and moves a clock by what they would cost."""
 
     def __init__(self, executor: Executor, model: CostModel) -> None:
-        self._executor = executor
+        super().__init__(executor)
         self._model = model
-        self.name = executor.name
-        self.manifest = executor.manifest
-        self.num_blocks = executor.num_blocks
-        self.detail = executor.detail
-        self.memory_bound_tokens = executor.memory_bound_tokens
         self.engine: Engine | None = None
         """Whose books are recorded."""
         self.now = 0.0
@@ -51,15 +47,3 @@ class VirtualExecutor(Executor):
             listed = int(self.engine.scheduler.table.num_blocks.sum())
         self.records.append(StepRecord(work, seconds, blocks, listed))
         return logits
-
-    def load_draft_heads(self) -> None:
-        """See Executor.load_draft_heads."""
-        self._executor.load_draft_heads()
-
-    def draft_logits(self, wanted: IntArray) -> Float32Array:
-        """See Executor.draft_logits."""
-        return self._executor.draft_logits(wanted)
-
-    def close(self) -> None:
-        """See Executor.close."""
-        self._executor.close()
