@@ -40,15 +40,13 @@ class BranchBlocks:
         self.table = table
         self.requests = requests
         self.cache = cache
-        self._offsets = np.arange(cache.block_size, dtype=np.int32)
         self._moves = NO_COPIES
         """[C, 2] slot copies of accepted draft nodes; the next step makes them, whoever is in it."""
 
-    def claim(self, rows: IntArray, counts: Int32Array) -> Claim:
-        """What `rows` [n] need to hold their next `counts` [n] tokens; nothing is taken yet."""
+    def claim(self, rows: IntArray, ends: Int32Array) -> Claim:
+        """What `rows` [n] need to hold K/V of their paths up to `ends` [n]; nothing is taken yet."""
         table, size = self.table, self.cache.block_size
-        missing = table.computed[rows] + counts
-        missing += size - 1
+        missing = ends + (size - 1)
         missing //= size
         missing -= table.num_blocks[rows]
         missing += table.copy_tail[rows]
@@ -76,7 +74,7 @@ class BranchBlocks:
         if total == slots.size:
             table.block_table[slots, table.num_blocks[slots]] = blocks
         else:
-            first = np.cumsum(sizes) - sizes
+            first = np.add.accumulate(sizes) - sizes
             columns = np.arange(total) - np.repeat(first - table.num_blocks[slots], sizes)
             table.block_table[np.repeat(slots, sizes), columns] = blocks
         table.num_blocks[slots] += sizes
@@ -85,24 +83,40 @@ class BranchBlocks:
         self.requests.peak[owners] = np.maximum(self.requests.peak[owners], self.requests.held[owners])
         return self._tail_copies(tails, sources) if tails.size else NO_COPIES
 
+    def extend(self, slot: int, end: int) -> Int32Array:
+        """Claim and take what one branch needs to hold K/V of its path up to `end`; returns slot copies like `take`."""
+        table, requests = self.table, self.requests
+        if table.copy_tail[slot]:
+            return self.take(self.claim(np.array([slot]), np.array([end], dtype=np.int32)))
+        have, size = int(table.num_blocks[slot]), self.cache.block_size
+        count = (end + size - 1) // size - have
+        if count:
+            table.block_table[slot, have : have + count] = self.cache.allocate(count)
+            table.num_blocks[slot] = have + count
+            owner = table.request[slot]
+            requests.held[owner] += count
+            requests.peak[owner] = max(requests.peak[owner], requests.held[owner])
+        return NO_COPIES
+
     def _tail_copies(self, tails: IntArray, sources: Int32Array) -> Int32Array:
         """Slot copies of the filled part of parents' last blocks into the children's own."""
         table, size = self.table, self.cache.block_size
         filled = table.computed[tails] % size
         targets = table.block_table[tails, table.computed[tails] // size]
-        offsets = np.concatenate([self._offsets[:n] for n in filled.tolist()])
-        copies = np.stack((np.repeat(sources, filled), np.repeat(targets, filled)), axis=1) * size + offsets[:, None]
+        place = np.repeat(np.arange(tails.size), filled)
+        offset = np.arange(place.size) - (np.add.accumulate(filled) - filled)[place]
+        copies = np.empty((place.size, 2), dtype=np.int32)
+        copies[:, 0] = sources[place] * size + offset
+        copies[:, 1] = targets[place] * size + offset
         if self._moves.size:
             # What is still to be moved into the parent's block is taken from where it lies.
             moved = dict(self._moves[:, ::-1].tolist())
             copies[:, 0] = [moved.get(source, source) for source in copies[:, 0].tolist()]
         # Copies come first in a step, so a source that is released here may be written to in the same step.
         for i, owner in enumerate(table.request[tails].tolist()):
-            source = sources[i : i + 1]
-            self.requests.held[owner] -= int(self.cache.references[source[0]] == 1)
-            self.cache.release(source)
+            self.requests.held[owner] -= self.cache.release(sources[i : i + 1])
         self._drop_moves()
-        return np.ascontiguousarray(copies, dtype=np.int32)
+        return copies
 
     def move(self, slots: IntArray, source: Int32Array | IntArray, target: Int32Array | IntArray) -> None:
         """Let branches have at path index `target` [n] what was computed at `source` [n]: their accepted draft nodes.
@@ -134,8 +148,7 @@ class BranchBlocks:
                 blocks = table.block_table[slot, count:have].copy()
                 table.block_table[slot, count:have] = -1
                 table.num_blocks[slot] = count
-                self.requests.held[table.request[slot]] -= have - count
-                self.cache.release(blocks)
+                self.requests.held[table.request[slot]] -= self.cache.release(blocks)
 
     def owners_of(self, slots: Int32Array) -> list[int]:
         """Requests with a branch that lists a block in which one of the pool's `slots` lies. Slow: for failures."""
@@ -232,8 +245,7 @@ class BranchBlocks:
         if remember:
             self.register(branch, int(table.computed[slot]))
         blocks = table.blocks(slot).copy()
-        self.requests.held[table.request[slot]] -= int((self.cache.references[blocks] == 1).sum())
-        self.cache.release(blocks)
+        self.requests.held[table.request[slot]] -= self.cache.release(blocks)
         self._drop_moves()
         table.block_table[slot, : blocks.size] = -1
         table.num_blocks[slot] = 0

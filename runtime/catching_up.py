@@ -114,9 +114,9 @@ class CatchingUp:
                 if count <= 0:
                     self.starved = self.starved or request
                     continue
-                row, size = np.array([branch.slot]), np.array([count], dtype=np.int32)
-                copies.append(blocks.take(blocks.claim(row, size)))
-                plan.registered += blocks.register(branch, int(table.computed[branch.slot]) + count)
+                end = int(table.computed[branch.slot]) + count
+                copies.append(blocks.extend(branch.slot, end))
+                plan.registered += blocks.register(branch, end)
                 rows.append(branch.slot)
                 counts.append(count)
                 budget -= count

@@ -54,7 +54,7 @@ class FirstCome:
         first = self._rotation % count
         order = np.arange(first, first + count) % count
         # The first one even where it takes kept seats, too: a request never has more branches than a step has rows.
-        taken = max(1, int((np.cumsum(groups.sizes[order]) <= seats).sum()))
+        taken = max(1, int(np.add.accumulate(groups.sizes[order]).searchsorted(seats, "right")))
         self._rotation = first + taken
         return self._mask(groups, order[:taken])
 

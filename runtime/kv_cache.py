@@ -98,24 +98,27 @@ class KVCache:
         """Add one reference to each of `blocks` (distinct, all referenced already)."""
         self.references[blocks] += 1
 
-    def release(self, blocks: Int32Array) -> None:
-        """Drop one reference from each of `blocks` (distinct)."""
+    def release(self, blocks: Int32Array) -> int:
+        """Drop one reference from each of `blocks` (distinct); returns how many of them nobody refers to any more."""
         if blocks.size == 0:
-            return
+            return 0
         counts = self.references[blocks] - 1
-        if counts.min() < 0:
-            raise KVCacheError(f"block {int(blocks[counts.argmin()])} is released more often than it was taken")
+        least = counts.argmin()
+        if counts[least] < 0:
+            raise KVCacheError(f"block {int(blocks[least])} is released more often than it was taken")
         self.references[blocks] = counts
+        if counts[least]:
+            return 0
         gone = blocks[counts == 0]
-        if gone.size == 0:
-            return
+        unreferenced: int = gone.size
         registered = self._registered[gone]
-        if registered.any():
+        if np.count_nonzero(registered):
             # Later blocks of a path are less useful than earlier ones, so they are evicted first.
             self._retire(gone[registered][::-1])
             gone = gone[~registered]
         self._free[self._num_free : self._num_free + gone.size] = gone
         self._num_free += gone.size
+        return unreferenced
 
     def register(self, block: int, digest: bytes) -> None:
         """Make a full block findable by its digest. A digest that another block holds is left there."""

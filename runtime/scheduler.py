@@ -290,15 +290,16 @@ class Scheduler:
         if self.speculation is not None:
             reach = self.speculation.reach(rows)
             rows = reach.rows
-        counts = table.length[rows] - table.computed[rows]
-        claim = self.blocks.claim(rows, counts)
+        length = table.length[rows]
+        counts = length - table.computed[rows]
+        claim = self.blocks.claim(rows, length)
         if claim.total > self.cache.available:
             return None
         drafts = None
         if self.speculation is not None and reach is not None:
             drafts = self.speculation.draft(reach, counts, self.limits.max_step_tokens)
         if drafts is not None:
-            more = self.blocks.claim(rows, counts + drafts.sizes)
+            more = self.blocks.claim(rows, length + drafts.sizes)
             if more.total <= self.cache.available - self._reserve():
                 counts, claim = counts + drafts.sizes, more
             else:
