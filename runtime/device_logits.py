@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +11,19 @@ import numpy.typing as npt
 from apar.runtime.step import Float32Array, Int32Array, IntArray
 
 BoolArray = npt.NDArray[np.bool_]
+
+
+@dataclass(slots=True)
+class Drawn:
+    """What one call of `DeviceLogits.draw` gives."""
+
+    tokens: Int32Array
+    """[L] a token for each row."""
+    good: BoolArray
+    """[L] whether the row's logits could be sampled from."""
+    denied: BoolArray
+    """[L] rows in which the watched token was banned and would have been the likeliest; also true in rows that are
+    not good."""
 
 
 class DeviceLogits(ABC):
@@ -33,10 +47,11 @@ class DeviceLogits(ABC):
         drawn: BoolArray,
         numbers: npt.NDArray[np.float64],
         uniforms: npt.NDArray[np.float64],
-    ) -> tuple[Int32Array, BoolArray]:
-        """A token for each row, and whether the row's logits could be sampled from.
+        watched: int | None = None,
+    ) -> Drawn:
+        """Draw a token for each row.
 
         vocab_size: tokens that may come out. bans: tokens and the rows [L] they are banned in. drawn: [L] rows that
         draw; the others take the largest logit. numbers: float64 [L, 4] inverse temperature, top-k (0: off), top-p,
-        min-p. uniforms: [L] the rows' random numbers.
+        min-p. uniforms: [L] the rows' random numbers. watched: token of `Drawn.denied`; None: nobody asks.
         """

@@ -231,6 +231,7 @@ class Sampler:
         # Before `draw`, which may overwrite them.
         fetched = logits.host(hard) if hard.size else None
         result = SampleResult(np.empty(rows, np.int32))
+        denied = np.zeros(rows, np.bool_)
         if hard.size < rows:
             drawn = (flags & RANDOM).astype(np.bool_)
             drawn[hard] = False
@@ -238,15 +239,21 @@ class Sampler:
             bans = [(self.tokens.child, np.ones(rows, np.bool_)), (self.tokens.fork, fork_banned)]
             bans += [(token, no_eos) for token in self.tokens.eos if no_eos.any()]
             uniforms = random_stream.uniform(self._keys[slots], counters.astype(np.uint64))
-            result.tokens, good = logits.draw(self.vocab_size, bans, drawn, self._numbers[slots], uniforms)
+            watched = self.tokens.fork if fork_banned.any() else None
+            found = logits.draw(self.vocab_size, bans, drawn, self._numbers[slots], uniforms, watched)
+            result.tokens, good = found.tokens, found.good
             good[hard] = True
             result.tokens[~good] = FAILED_TOKEN
             result.failed = tuple(np.flatnonzero(~good).tolist())
+            denied = found.denied & good
         if fetched is not None:
             part = self._sample_on_host(fetched, slots[hard], paths, lengths, counters[hard], fork_banned[hard])
             result.tokens[hard] = part.tokens
+            denied[hard] = False
+            denied[hard[part.denied]] = True
             result.logprobs = {int(hard[row]): entry for row, entry in part.logprobs.items()}
             result.failed = tuple(sorted((*result.failed, *(int(hard[row]) for row in part.failed))))
+        result.denied = np.flatnonzero(denied)
         return result
 
     def _apply_rules(

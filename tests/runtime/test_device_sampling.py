@@ -69,6 +69,7 @@ def test_device_and_host_sample_the_same(seed: int) -> None:
     host, device = sample_both(params, logits, random.random(40) < 0.5, counters)
     np.testing.assert_array_equal(device.tokens, host.tokens)
     assert device.failed == host.failed == ()
+    np.testing.assert_array_equal(device.denied, host.denied)
     assert device.logprobs.keys() == host.logprobs.keys()
     for row, entry in host.logprobs.items():
         assert device.logprobs[row] == entry
@@ -88,6 +89,22 @@ def test_rows_that_cannot_be_sampled_fail_alone() -> None:
     assert host.failed == device.failed == (1, 3, 5, 6)
     np.testing.assert_array_equal(device.tokens, host.tokens)
     assert (device.tokens[list(device.failed)] == FAILED_TOKEN).all()
+
+
+def test_denials_are_those_of_the_host() -> None:
+    """[Fork] banned or not, the likeliest or not, tied with the likeliest, in rows that fail and in rows with rules."""
+    logits = np.zeros((7, PADDED), np.float32)
+    logits[:, 9] = 4.0
+    logits[[0, 1, 4, 5, 6], TOKENS.fork] = 5.0
+    logits[3, TOKENS.fork] = 4.0
+    logits[5, 11] = np.nan
+    logits[6, TOKENS.child] = 6.0  # banned everywhere, so [Fork] is the likeliest of what may come
+    rules: list[dict[str, Any]] = [{"temperature": 0.0}] * 7
+    rules[4] = {"temperature": 1.0, "repetition_penalty": 1.2}
+    banned = np.array([True, False, True, True, True, True, True])
+    host, device = sample_both(rules, logits, banned, np.zeros(7, np.int32))
+    assert host.denied.tolist() == device.denied.tolist() == [0, 4, 6]
+    assert host.failed == device.failed == (5,)
 
 
 def test_wrong_shapes_are_refused() -> None:

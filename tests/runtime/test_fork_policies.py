@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 from path_executor import PathExecutor, count_branches, reference_tree, shape
 
 from apar.export.errors import CapacityError
@@ -17,11 +18,13 @@ from apar.runtime.bench.replay import ReplayBench
 from apar.runtime.bench.workload import plan_workload
 from apar.runtime.branch import Request
 from apar.runtime.engine import Engine
+from apar.runtime.executor.cuda.sampling import TorchLogits
 from apar.runtime.executor.replay import ReplayExecutor
 from apar.runtime.limits import FORK_POLICIES, SchedulerLimits
 from apar.runtime.llm import LLM
 from apar.runtime.sampling_params import SamplingParams
 from apar.runtime.service_level import ServiceLevel
+from apar.runtime.step import StepInputs
 from apar.runtime.step_cost import FittedStepCost, Float64Array, StepCost
 
 LIMITS = SchedulerLimits(max_rows=32, max_step_tokens=128, max_live_branches=256)
@@ -40,10 +43,16 @@ class SecondsByTokens(StepCost):
 class Replay:
     """Recorded trees on a clock that `SecondsByTokens` moves."""
 
-    def __init__(self, trees: list[Any], limits: SchedulerLimits, num_blocks: int = 4096) -> None:
+    def __init__(
+        self,
+        trees: list[Any],
+        limits: SchedulerLimits,
+        num_blocks: int = 4096,
+        executor: type[ReplayExecutor] = ReplayExecutor,
+    ) -> None:
         self.now = 0.0
         self.submitted = 0
-        self.executor = ReplayExecutor(trees, num_blocks=num_blocks, block_size=4, max_context=8192)
+        self.executor = executor(trees, num_blocks=num_blocks, block_size=4, max_context=8192)
         self.engine = Engine(self.executor, limits, clock=lambda: self.now, step_cost=SecondsByTokens())
 
     def submit(self, tree: int, **options: Any) -> Request:
@@ -178,11 +187,19 @@ def test_answers_are_the_same_as_without_load(policy: str) -> None:
         assert counters.forks == wanted and not by_load
 
 
-def test_denials_are_counted_by_reason() -> None:
+class OnDevice(ReplayExecutor):
+    """Leaves its logits in a tensor, as executors on a GPU do, so that the sampler has PyTorch sample."""
+
+    def logits(self, inputs: StepInputs) -> TorchLogits:
+        return TorchLogits(torch.from_numpy(self.execute(inputs).copy()))
+
+
+@pytest.mark.parametrize("executor", [ReplayExecutor, OnDevice])
+def test_denials_are_counted_by_reason(executor: type[ReplayExecutor]) -> None:
     tree = {"prompt_tokens": 5, "segments": [[2, 30], [2, 30], [2, 30], [2, 0]]}
 
     def denied(policy: str = "always", **params: Any) -> tuple[dict[str, int], int]:
-        replay = Replay([tree], dataclasses.replace(LIMITS, fork_policy=policy))
+        replay = Replay([tree], dataclasses.replace(LIMITS, fork_policy=policy), executor=executor)
         replay.engine.submit("r", replay.executor.replay_prompt(0), dataclasses.replace(PARAMS, **params))
         while not replay.engine.scheduler.idle:
             replay.step()

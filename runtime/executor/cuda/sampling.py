@@ -7,8 +7,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from apar.runtime.device_logits import BoolArray, DeviceLogits
-from apar.runtime.step import Float32Array, Int32Array, IntArray
+from apar.runtime.device_logits import BoolArray, DeviceLogits, Drawn
+from apar.runtime.step import Float32Array, IntArray
 
 _TOP_K = 1
 """Column of the rows' numbers."""
@@ -44,11 +44,13 @@ class TorchLogits(DeviceLogits):
         drawn: BoolArray,
         numbers: npt.NDArray[np.float64],
         uniforms: npt.NDArray[np.float64],
-    ) -> tuple[Int32Array, BoolArray]:
+        watched: int | None = None,
+    ) -> Drawn:
         """See DeviceLogits.draw. One wait for the device: for the tokens."""
         logits = self.values[:, :vocab_size]
         # Bans may overwrite a NaN or an infinity, so the largest is looked at before: NaN wins a maximum.
         sound = logits.amax(1) < torch.inf
+        before = None if watched is None else logits[:, watched].clone()
         for token, banned in bans:
             if banned.all():
                 logits[:, token] = -torch.inf
@@ -56,6 +58,8 @@ class TorchLogits(DeviceLogits):
                 logits[self._upload(np.flatnonzero(banned)), token] = -torch.inf
         peaks, tokens = logits.max(1)
         good = sound & peaks.isfinite()
+        # Where it was not banned, it is not above the largest.
+        denied = torch.zeros_like(good) if before is None else before > peaks
         if drawn.any():
             rows = np.flatnonzero(drawn)
             part = logits if rows.size == drawn.size else logits[self._upload(rows)]
@@ -67,8 +71,8 @@ class TorchLogits(DeviceLogits):
                 tokens = picked
             else:
                 tokens[self._upload(rows)] = picked
-        result = torch.stack((tokens, good.to(tokens.dtype))).cpu().numpy()
-        return result[0].astype(np.int32), result[1].astype(np.bool_)
+        result = torch.stack((tokens, good.to(tokens.dtype), denied.to(tokens.dtype))).cpu().numpy()
+        return Drawn(result[0].astype(np.int32), result[1].astype(np.bool_), result[2].astype(np.bool_))
 
     def _upload(self, values: npt.NDArray[np.generic]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self.values.device, non_blocking=True)
