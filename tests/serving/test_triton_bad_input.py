@@ -36,7 +36,7 @@ REFUSED = [
     ({"text_input": GOOD, "temperature": math.nan}, "invalid_request: temperature is nan"),
     ({"text_input": GOOD, "temperature": math.inf}, "invalid_request: temperature is inf"),
     ({"text_input": GOOD, "temperature": -0.5}, "invalid_request: temperature is -0.5"),
-    ({"text_input": GOOD, "top_p": 0.0}, "invalid_request: top_p is 0"),
+    ({"text_input": GOOD, "top_p": -0.5}, "invalid_request: top_p is -0.5"),
     ({"text_input": GOOD, "top_p": 1.5}, "invalid_request: top_p is 1.5"),
     ({"text_input": GOOD, "top_k": -1}, "invalid_request: top_k is -1"),
     ({"text_input": GOOD, "logprobs": 21}, "invalid_request: logprobs is 21"),

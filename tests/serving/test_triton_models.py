@@ -289,6 +289,34 @@ def test_a_payload_of_tensorrtllm_backend(triton: TritonService, reference: LLM,
         assert shapes == {(1, 1)}
 
 
+@pytest.mark.parametrize(("top_k", "greedy"), [(1, True), (0, True), (50, False)])
+def test_a_top_p_of_0_is_none(
+    triton: TritonService, reference: LLM, questions: list[str], top_k: int, greedy: bool
+) -> None:
+    """inflight_batcher_llm_client.py of tensorrtllm_backend sends runtime_top_p 0 unless it is told another."""
+    prompt = reference.generate(questions[0], SamplingParams(max_tokens=1))[0].prompt_token_ids
+    sampling = SamplingParams(max_tokens=40, fork=False, temperature=1.5, seed=3, top_k=1 if greedy else top_k)
+    (wanted,) = reference.generate([prompt], sampling)
+    inputs = {
+        "input_ids": np.array([prompt], np.int32),
+        "input_lengths": np.array([[len(prompt)]], np.int32),
+        "request_output_len": np.array([[40]], np.int32),
+        "beam_width": np.array([[1]], np.int32),
+        "temperature": np.array([[1.5]], np.float32),
+        "streaming": np.array([[False]]),
+        "end_id": np.array([[reference.manifest.tokens.eos[0]]], np.int32),
+        "pad_id": np.array([[0]], np.int32),
+        "runtime_top_k": np.array([[top_k]], np.int32),
+        "runtime_top_p": np.array([[0.0]], np.float32),
+        "random_seed": np.array([[3]], np.uint64),
+        "fork": np.array([[False]]),
+    }
+    with Stream(triton) as stream:
+        stream.send(inputs, "tensorrt_llm", request_id="1")
+        (result,) = stream.answer()
+    assert result.as_numpy("output_ids")[0][0].tolist() == wanted.branches[0].token_ids
+
+
 def test_metrics_count_what_happened(triton: TritonService, reference: LLM, questions: list[str]) -> None:
     before = triton.await_idle()
     wanted = expected(reference, questions[:3])

@@ -182,6 +182,10 @@ def _sampling(inputs: Inputs) -> dict[str, Any]:
     for tensor, name in _NUMBERS.items():
         if tensor in inputs:
             params[name] = inputs.number(tensor)
+    if params.get("top_p") == 0:
+        # NVIDIA's clients send 0 for "not set": then TensorRT-LLM samples among the top_k, or, without one, is greedy.
+        del params["top_p"]
+        params["top_k"] = params.get("top_k") or 1
     for tensor, name in _TRUTHS.items():
         if tensor in inputs:
             params[name] = inputs.one(tensor)
