@@ -71,7 +71,10 @@ def config_from(config: Mapping[str, Any], path: Path, generation: Mapping[str, 
     if head_dim % 2:
         raise CheckpointError(f"{path}: head_dim {head_dim} is odd, RoPE needs an even one")
     max_position = _positive(config, "max_position_embeddings", path, default=2048)
-    rope = rope_from_config(config, head_dim, max_position)
+    try:
+        rope = rope_from_config(config, head_dim, max_position)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
     decoder = DecoderConfig(
         vocab_size=_positive(config, "vocab_size", path),
         hidden_size=hidden,

@@ -39,20 +39,18 @@ def rope_from_config(config: Mapping[str, Any], head_dim: int, max_position: int
     """
     given = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(given, Mapping):
-        raise CheckpointError(f"config.json: the RoPE parameters must be an object, not {given!r}")
+        raise CheckpointError(f"the RoPE parameters must be an object, not {given!r}")
     parameters = dict(given)
     if any(isinstance(value, Mapping) for value in parameters.values()):
-        raise CheckpointError("config.json: RoPE parameters by kind of layer are not supported")
+        raise CheckpointError("RoPE parameters by kind of layer are not supported")
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind not in SUPPORTED:
-        raise CheckpointError(
-            f"config.json: RoPE scaling of type {kind!r} is not supported; supported are {', '.join(SUPPORTED)}"
-        )
+        raise CheckpointError(f"RoPE scaling of type {kind!r} is not supported; supported are {', '.join(SUPPORTED)}")
     if _first(parameters.get("partial_rotary_factor"), config.get("partial_rotary_factor"), 1) != 1:
-        raise CheckpointError("config.json: partial_rotary_factor other than 1 is not supported")
+        raise CheckpointError("partial_rotary_factor other than 1 is not supported")
     theta = _number(parameters, "rope_theta", kind, _first(config.get("rope_theta"), _DEFAULT_THETA))
     if theta <= 1:
-        raise CheckpointError(f"config.json: rope_theta must be above 1, not {theta}")
+        raise CheckpointError(f"rope_theta must be above 1, not {theta}")
     exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     inv_freq = (np.float32(1.0) / np.power(np.float32(theta), exponent)).astype(np.float32)
     scale, limit = 1.0, max_position
@@ -71,7 +69,7 @@ def rope_from_config(config: Mapping[str, Any], head_dim: int, max_position: int
         scale = _yarn_scale(parameters, factor)
         limit = max(max_position, int(original * factor))
     if not np.isfinite(inv_freq).all():
-        raise CheckpointError(f"config.json: RoPE scaling of type {kind!r} gives no finite frequencies: {parameters}")
+        raise CheckpointError(f"RoPE scaling of type {kind!r} gives no finite frequencies: {parameters}")
     return Rope(tuple(float(f) for f in inv_freq.astype(np.float32)), scale, limit)
 
 
@@ -83,9 +81,7 @@ def _first(*values: Any) -> Any:
 def _number(parameters: Mapping[str, Any], key: str, kind: str, default: Any = None) -> float:
     value = _first(parameters.get(key), default)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= _LARGEST:
-        raise CheckpointError(
-            f"config.json: RoPE scaling of type {kind!r} needs a positive number {key!r}, not {value!r}"
-        )
+        raise CheckpointError(f"RoPE scaling of type {kind!r} needs a positive number {key!r}, not {value!r}")
     return float(value)
 
 
@@ -97,7 +93,7 @@ def _llama3(inv_freq: np.ndarray, parameters: Mapping[str, Any]) -> np.ndarray:
     original = _number(parameters, "original_max_position_embeddings", "llama3")
     if high <= low:
         raise CheckpointError(
-            f"config.json: RoPE scaling of type 'llama3' needs high_freq_factor ({high}) above low_freq_factor ({low})"
+            f"RoPE scaling of type 'llama3' needs high_freq_factor ({high}) above low_freq_factor ({low})"
         )
     wavelength = np.float32(2 * math.pi) / inv_freq
     smooth = (np.float32(original) / wavelength - np.float32(low)) / np.float32(high - low)

@@ -26,6 +26,11 @@ def tiny_checkpoint() -> Path:
     return Path(onnx_engine.__file__).parent / "models" / "tiny"
 
 
+def named_directory(source: str | Path) -> Path:
+    """The directory that `source` names: for `tiny` the shipped checkpoint, where nothing here has that name."""
+    return tiny_checkpoint() if str(source) == TINY and not Path(source).exists() else Path(source)
+
+
 def cache_directory() -> Path:
     """Where engines that were built on the fly are kept: $APAR_CACHE, else the user's cache directory."""
     root = os.environ.get("APAR_CACHE") or os.environ.get("XDG_CACHE_HOME")
@@ -40,7 +45,7 @@ def resolve_engine(source: str | Path, progress: Progress | None = None) -> Path
     long as its files have the same names, sizes and times; of several processes one builds and the others wait for it.
     Raises EngineError where `source` is neither or there is no cache directory, and what the build raises.
     """
-    checkpoint = tiny_checkpoint() if str(source) == TINY and not Path(source).exists() else Path(source)
+    checkpoint = named_directory(source)
     if (checkpoint / MANIFEST_NAME).is_file():
         return checkpoint
     if not checkpoint.is_dir():

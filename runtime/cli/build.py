@@ -51,7 +51,7 @@ def make_parser() -> Parser:
     """Options of `apar build`."""
     parser = Parser(prog="apar build", description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument(
-        "checkpoint", metavar="CHECKPOINT", type=Path, help="directory with config.json, weights, tokenizer"
+        "checkpoint", metavar="CHECKPOINT", type=Path, help="directory with config.json, weights, tokenizer, or `tiny`"
     )
     parser.add_argument("-o", "--output", metavar="DIR", type=Path, required=True, help="the engine directory to make")
     parser.add_argument("--overwrite", action="store_true", help="replace an engine that is already at DIR, at the end")
@@ -146,7 +146,9 @@ def make_parser() -> Parser:
 def run(options: argparse.Namespace) -> int:
     """Build and say what came out. Raises BuildError, CheckpointError, TokenizerError."""
     from apar.export.onnx_engine import build
+    from apar.runtime.engine_source import named_directory
 
+    options.checkpoint = named_directory(options.checkpoint)
     try:
         defaults = {action.dest: action.default for action in options.parser._actions}
         check_format(options, defaults)

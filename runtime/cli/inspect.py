@@ -57,9 +57,9 @@ def inspect(source: str, verify: bool = False) -> dict[str, Any]:
     """
     from apar.export.checkpoint_hints import what_is_there
     from apar.export.tokenizer_files import read_tokenizer
-    from apar.runtime.engine_source import TINY, tiny_checkpoint
+    from apar.runtime.engine_source import named_directory
 
-    directory = tiny_checkpoint() if source == TINY and not Path(source).exists() else Path(source)
+    directory = named_directory(source)
     is_engine = (directory / MANIFEST_NAME).is_file()
     if not is_engine and not (directory / "config.json").is_file():
         hint = what_is_there(directory)

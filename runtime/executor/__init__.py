@@ -52,6 +52,8 @@ def load_executor(engine: Path, name: str = "auto", *, room: tuple[int, int] | N
         raise ExecutorError(f"the {name} executor needs the package {error.name}, which is not installed") from error
     except AttributeError as error:
         raise ExecutorError(f"there is no executor {name!r}: {module} has no {attribute}") from error
+    if not callable(kind):
+        raise ExecutorError(f"{name} is no executor but a {type(kind).__name__}; name a class with Executor's methods")
     try:
         executor: Executor = kind(Path(engine), **options)
     except TypeError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ def load_torch_executor(engine: Path, *, device: str = "auto", **options: Any) -
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if re.fullmatch(r"cpu|cuda(:\d+)?", device) is None:
+        raise ExecutorError(f"there is no device {device!r}; the torch executor runs on cpu, cuda or cuda:N")
     if device == "cpu":
         from apar.runtime.executor.torch_executor import TorchExecutor
 

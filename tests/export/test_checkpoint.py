@@ -104,6 +104,10 @@ def test_config_is_read(originals: dict[str, Path], copy: Any) -> None:
         ({"model_type": "mistral"}, "model_type 'mistral' is not supported"),
         ({"model_type": None, "architectures": None}, "model_type None is not supported"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification is not supported"),
+        (
+            {"rope_parameters": {"rope_type": "longrope"}},
+            r"/config\.json: RoPE scaling of type 'longrope' is not supported",
+        ),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
         ({"quantization_config": {"quant_method": "awq"}}, r"quantised already \(awq\)"),
         ({"hidden_size": None}, "hidden_size must be a positive integer, not None"),

@@ -32,6 +32,11 @@ def test_a_tensorrt_llm_checkpoint_and_an_engine_from_it(
     assert "tokenizer" in capsys.readouterr().err
 
 
+def test_the_checkpoint_that_ships_is_built_by_its_name(tmp_path: Path) -> None:
+    assert cli.main(["build", "tiny", "-o", str(tmp_path / "engine"), "-q"]) == 0
+    assert Manifest.load(tmp_path / "engine").decoder.vocab_size == 2050
+
+
 def test_graphs_for_tensorrt(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "graphs"
     options = ["--format", "tensorrt", "--graph-only", "--tp-size", "2", "--dtype", "bfloat16"]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from apar.export import onnx_engine
-from apar.runtime.engine_source import resolve_engine
+from apar.runtime.engine_source import named_directory, resolve_engine, tiny_checkpoint
 from apar.runtime.file_lock import file_lock
 
 RESOLVE = """
@@ -24,6 +24,14 @@ engine = resolve_engine("tiny")
 Manifest.load(engine).verify(engine)
 print("engine", engine, engine.stat().st_ino, flush=True)
 """
+
+
+def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert named_directory("tiny") == named_directory(Path("tiny")) == tiny_checkpoint()
+    assert named_directory("other") == Path("other")
+    (tmp_path / "tiny").mkdir()  # what lies here goes first
+    assert named_directory("tiny") == Path("tiny")
 
 
 @pytest.fixture(autouse=True)

@@ -310,6 +310,10 @@ def test_loading_by_name(models: dict) -> None:
             load_executor(engine, "onnx", **options)
     with pytest.raises(ExecutorError, match="kv_dtype"):
         load_executor(engine, "torch", kv_dtype="int8")
+    with pytest.raises(ExecutorError, match="no executor but a module"):
+        load_executor(engine, "os:path")
+    with pytest.raises(ExecutorError, match="no device 'xpu'"):
+        load_executor(engine, "torch", device="xpu")
 
 
 @native_only

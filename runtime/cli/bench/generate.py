@@ -93,11 +93,9 @@ def prompts_file(options: argparse.Namespace) -> Path:
     """The file of prompts: the one given, or the engine's own. Raises RequestError where there is none."""
     if options.prompts is not None:
         return Path(options.prompts)
-    from apar.runtime.engine_source import TINY, tiny_checkpoint
+    from apar.runtime.engine_source import named_directory
 
-    source = Path(options.engine)
-    folder = tiny_checkpoint() if options.engine == TINY and not source.exists() else source
-    path = folder / "heldout.json"
+    path = named_directory(options.engine) / "heldout.json"
     if not path.is_file():
         raise RequestError(f"{options.engine} has no prompts of its own (heldout.json); give some with --prompts FILE")
     return path

@@ -59,6 +59,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """The result, as `--json` prints it."""
     from apar.runtime.bench.quality import QualityBench, variants
     from apar.runtime.calibration import CalibrationText
+    from apar.runtime.engine_source import named_directory
 
     formats = ("int8", "int4") if options.format == "all" else (options.format,)
     progress = None if options.quiet else show_progress
@@ -68,7 +69,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             from apar.runtime.bench.layer_error import bench_layers
 
             return bench_layers(options.shape, chosen, tokens=options.calibration_tokens, progress=progress)
-        checkpoint = _checkpoint(options.checkpoint)
+        checkpoint = named_directory(options.checkpoint)
         prompts = _prompts(options, checkpoint)
         calibration = CalibrationText(options.calibration, options.calibration_tokens)
     except RequestError as error:
@@ -150,12 +151,6 @@ def _group_sizes(text: str) -> list[int]:
     if not all(part.isascii() and part.isdigit() and int(part) in GROUP_SIZES for part in parts):
         raise RequestError(f"--group-sizes {text}: give sizes out of {', '.join(map(str, GROUP_SIZES))}, with commas")
     return [int(part) for part in parts]
-
-
-def _checkpoint(source: str) -> Path:
-    from apar.runtime.engine_source import TINY, tiny_checkpoint
-
-    return tiny_checkpoint() if source == TINY and not Path(source).exists() else Path(source)
 
 
 def _prompts(options: argparse.Namespace, checkpoint: Path) -> list[Any]:
