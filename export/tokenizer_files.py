@@ -7,7 +7,7 @@ only `added_tokens.json` or `tokenizer_config.json` know are added to it.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +23,7 @@ CONFIG_NAME = "tokenizer_config.json"
 SPECIAL_NAME = "special_tokens_map.json"
 ADDED_NAME = "added_tokens.json"
 MODEL_NAME = "tokenizer.model"
-_LARGEST_ID = 1 << 24
+LARGEST_ID = 1 << 24
 _SPECIALS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -53,11 +53,15 @@ class TokenizerFiles:
         text = value.get("content") if isinstance(value, dict) else value
         return self.ids.get(text) if isinstance(text, str) else None
 
+    def texts(self) -> Iterator[tuple[str, str]]:
+        """Name and contents of the three files of an engine."""
+        for name, data in ((TOKENIZER_NAME, self.tokenizer), (CONFIG_NAME, self.config), (SPECIAL_NAME, self.special)):
+            yield name, json.dumps(data, ensure_ascii=False, indent=None if name == TOKENIZER_NAME else 2) + "\n"
+
     def write(self, directory: Path) -> None:
         """Write the three files into `directory`."""
-        for name, data in ((TOKENIZER_NAME, self.tokenizer), (CONFIG_NAME, self.config), (SPECIAL_NAME, self.special)):
-            text = json.dumps(data, ensure_ascii=False, indent=None if name == TOKENIZER_NAME else 2)
-            (directory / name).write_text(text + "\n", encoding="utf-8")
+        for name, text in self.texts():
+            (directory / name).write_text(text, encoding="utf-8")
 
 
 def read_tokenizer(directory: Path) -> TokenizerFiles:
@@ -86,7 +90,16 @@ def read_tokenizer(directory: Path) -> TokenizerFiles:
     for role in _SPECIALS:
         if role not in special and config.get(role) is not None:
             special[role] = config[role]
-    return TokenizerFiles(directory, tokenizer, config, special)
+    files = TokenizerFiles(directory, tokenizer, config, special)
+    try:
+        for _, text in files.texts():
+            text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise TokenizerError(
+            f"{directory}: the tokenizer's files hold a lone surrogate ({error.object[error.start]!r}), which is no "
+            "text; copy the tokenizer again"
+        ) from error
+    return files
 
 
 def _optional(path: Path) -> dict[str, Any]:
@@ -101,7 +114,7 @@ def _added_tokens(directory: Path, config: Mapping[str, Any]) -> dict[int, dict[
             added[int(token)] = {"content": str(text)}
         for token, entry in (config.get("added_tokens_decoder") or {}).items():
             added[int(token)] = {"content": str(entry["content"]), "special": bool(entry.get("special", False))}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise TokenizerError(
             f"{directory}: its list of added tokens is damaged ({error}); copy the tokenizer again"
         ) from error
@@ -144,8 +157,8 @@ def _merge(tokenizer: dict[str, Any], added: Mapping[int, Mapping[str, Any]], di
         taken = {token["id"]: token["content"] for token in tokens}
         names = vocab if isinstance(vocab, dict) else {piece[0]: i for i, piece in enumerate(vocab)}
         taken |= {token: text for text, token in names.items()}
-        if not all(0 <= token <= _LARGEST_ID for token in (*taken, *added)):
-            raise ValueError(f"ids are not between 0 and {_LARGEST_ID}")
+        if not all(0 <= token <= LARGEST_ID for token in (*taken, *added)):
+            raise ValueError(f"ids are not between 0 and {LARGEST_ID}")
     except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
         raise TokenizerError(f"{directory / TOKENIZER_NAME} is no tokenizer ({error!r}); copy it again") from error
     for token, entry in sorted(added.items()):

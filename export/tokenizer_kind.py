@@ -16,7 +16,8 @@ def parts(node: Any, list_key: str) -> list[dict[str, Any]]:
         return []
     if node.get("type") != "Sequence":
         return [node]
-    return [part for child in node.get(list_key) or [] for part in parts(child, list_key)]
+    children = node.get(list_key)
+    return [part for child in children for part in parts(child, list_key)] if isinstance(children, list) else []
 
 
 def is_byte_level(definition: dict[str, Any]) -> bool:
@@ -26,8 +27,7 @@ def is_byte_level(definition: dict[str, Any]) -> bool:
     if kind == "BPE" and "ByteLevel" in decoders:
         return True
     pieces = any(
-        part.get("type") == "Metaspace"
-        or (part.get("type") == "Replace" and (part.get("pattern") or {}).get("String") == BLANK)
+        part.get("type") == "Metaspace" or (part.get("type") == "Replace" and part.get("pattern") == {"String": BLANK})
         for part in parts(definition.get("decoder"), "decoders")
     )
     if kind in ("BPE", "Unigram") and pieces:

@@ -18,7 +18,7 @@ import tokenizers
 
 from apar.export.errors import CapacityError, RequestError, TokenizerError
 from apar.export.manifest import Manifest, TokenIds
-from apar.export.tokenizer_files import TOKENIZER_NAME, TokenizerFiles
+from apar.export.tokenizer_files import LARGEST_ID, TOKENIZER_NAME, TokenizerFiles
 from apar.export.tokenizer_kind import is_byte_level
 from apar.runtime import tokenizer_json
 from apar.runtime.tokenizer_json import REMEDY, AddedToken
@@ -62,7 +62,12 @@ class Tokenizer:
 
         strings = tokenizer_json.id_strings(model)
         self._add_named_tokens({string: token_id for token_id, string in strings.items()})
-        size = max([vocab_size, *(i + 1 for i in strings), *(t.token_id + 1 for t in self.added_tokens)])
+        known = [*strings, *(token.token_id for token in self.added_tokens)]
+        if known and not 0 <= min(known) <= max(known) <= LARGEST_ID:
+            raise TokenizerError(
+                f"{TOKENIZER_NAME} has ids from {min(known)} to {max(known)}, allowed are 0 to {LARGEST_ID}; {REMEDY}"
+            )
+        size = max([vocab_size, *(i + 1 for i in known)])
         control = {tokens.fork, tokens.child, *tokens.eos}
         control.update(i for i in (tokens.bos, tokens.pad) if i is not None)
         if max(control) >= size or min(control) < 0:

@@ -52,7 +52,7 @@ def added_tokens(definition: dict[str, Any], config: dict[str, Any]) -> list[Add
             )
             for token_id, entry in sorted(entries.items())
         ]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise TokenizerError(f"the added tokens of {TOKENIZER_NAME} cannot be read ({error!r}); {REMEDY}") from error
 
 
@@ -63,15 +63,15 @@ def id_strings(model: dict[str, Any]) -> dict[int, str]:
         if isinstance(vocab, dict):
             return {int(token_id): str(string) for string, token_id in vocab.items()}
         return {token_id: str(entry[0]) for token_id, entry in enumerate(vocab)}
-    except (IndexError, TypeError, ValueError) as error:
+    except (IndexError, TypeError, ValueError, OverflowError) as error:
         raise TokenizerError(f"model.vocab of {TOKENIZER_NAME} cannot be read ({error!r}); {REMEDY}") from error
 
 
 def unknown_id(model: dict[str, Any]) -> int | None:
     """Id that the model gives to characters it does not know: `<unk>`, in text an honest result."""
-    unknown_id = model.get("unk_id")
-    if unknown_id is None and model.get("unk_token") is not None and isinstance(model["vocab"], dict):
-        unknown_id = model["vocab"].get(model["unk_token"])
+    unknown_id, unknown = model.get("unk_id"), model.get("unk_token")
+    if unknown_id is None and isinstance(unknown, str) and isinstance(model["vocab"], dict):
+        unknown_id = model["vocab"].get(unknown)
     return unknown_id if isinstance(unknown_id, int) else None
 
 
@@ -108,6 +108,15 @@ def byte_level_bytes(string: str) -> bytes:
 
 def neutral_definition(definition: dict[str, Any], hidden: Collection[str]) -> dict[str, Any]:
     """The tokenizer without added tokens, and with a model that cannot produce the `hidden` strings' ids."""
+    try:
+        model = _neutral_model(definition, hidden)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise TokenizerError(f"the model of {TOKENIZER_NAME} cannot be read ({error!r}); {REMEDY}") from error
+    cleared: dict[str, Any] = {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+    return {**definition, "model": model, **cleared}
+
+
+def _neutral_model(definition: dict[str, Any], hidden: Collection[str]) -> dict[str, Any]:
     model = dict(definition["model"])
     unknown = model.get("unk_token")
     if isinstance(model["vocab"], dict):
@@ -124,8 +133,7 @@ def neutral_definition(definition: dict[str, Any], hidden: Collection[str]) -> d
             [f"\x00{index}\x00" if entry[0] in hidden else entry[0], *entry[1:]]
             for index, entry in enumerate(model["vocab"])
         ]
-    cleared: dict[str, Any] = {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
-    return {**definition, "model": model, **cleared}
+    return model
 
 
 def without_first_prefix(definition: dict[str, Any]) -> dict[str, Any] | None:

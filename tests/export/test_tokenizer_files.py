@@ -199,6 +199,12 @@ def test_tokenizer_errors(tmp_path: Path) -> None:
     (tmp_path / "added_tokens.json").write_text('{"[New]": "x"}')
     with pytest.raises(TokenizerError, match="list of added tokens is damaged"):
         read_tokenizer(tmp_path)
+    (tmp_path / "added_tokens.json").write_text('{"[New]": Infinity}')
+    with pytest.raises(TokenizerError, match="list of added tokens is damaged"):
+        read_tokenizer(tmp_path)
+    (tmp_path / "added_tokens.json").write_text('{"\\ud83d": 300}')
+    with pytest.raises(TokenizerError, match="hold a lone surrogate"):
+        read_tokenizer(tmp_path)
     (tmp_path / "added_tokens.json").write_text('{"[SplitMask]": 261}')
     with pytest.raises(TokenizerError, match=r"'\[SplitMask\]' has id 261 in one file and 259 in tokenizer\.json"):
         read_tokenizer(tmp_path)

@@ -207,11 +207,26 @@ def test_other_kinds_are_named() -> None:
         ({"added_tokens": [{"id": "x"}]}, "added tokens"),
         ({"model": {"type": "BPE", "vocab": {"a": "b"}}}, "vocab"),
         ({"normalizer": {"type": "nothing"}}, "not a tokenizer"),
+        ({"added_tokens": [{"id": 10**20, "content": "x"}]}, "has ids from 0 to 1" + "0" * 20),
+        ({"added_tokens": [{"id": -1, "content": "x"}]}, "has ids from -1"),
+        ({"added_tokens": [{"id": float("inf"), "content": "x"}]}, "added tokens"),
+        ({"model__unk_token": {}}, "model of tokenizer.json cannot be read"),
+        ({"model__merges": [["a", 1.5]]}, "model of tokenizer.json cannot be read"),
+        ({"model__merges": [[["a"], "b"]]}, "model of tokenizer.json cannot be read"),
+        ({"decoder": {"type": "Sequence", "decoders": 5}}, "decoder none"),
+        ({"decoder": {"type": "Replace", "pattern": "x", "content": " "}}, "decoder Replace"),
     ],
 )
 def test_a_damaged_file_is_named(change: dict, message: str) -> None:
+    definition = sentencepiece_definition()
+    for name, value in change.items():
+        part, _, field = name.partition("__")
+        if field:
+            definition[part][field] = value
+        else:
+            definition[part] = value
     with pytest.raises(TokenizerError, match=message):
-        Tokenizer({**sentencepiece_definition(), **change}, TOKENS)
+        Tokenizer(definition, TOKENS)
 
 
 def test_control_ids_outside_the_vocabulary() -> None:
