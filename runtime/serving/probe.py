@@ -10,10 +10,12 @@ from dataclasses import dataclass
 
 import aiohttp
 
-from apar.runtime.serving.model_responses import TritonError
+from apar.runtime.serving.model_responses import FAILED, UNAVAILABLE, TritonError
 from apar.runtime.serving.triton_stream import stream_model
 
 PROBE_SECONDS = 20.0
+KEEP_BAD_SECONDS = 1.0
+"""How long a bad outcome is kept: what is started again should not be called unhealthy for long."""
 BUSY_SECONDS = 300.0
 """How long an engine with requests in it may say nothing: a step that reads a long prompt takes its time."""
 PROMPT = "Hello"
@@ -32,7 +34,7 @@ class Health:
 
 
 class Probe:
-    """Asks for one token, at most once every `keep` seconds and never twice at a time.
+    """Asks for one token, at most once every `keep` seconds (sooner after a failure) and never twice at a time.
 
     Tokens that users get count as well: a service under load is not asked more. An engine that is busy and says nothing
     is taken for healthy for a while.
@@ -62,12 +64,18 @@ class Probe:
         """What was known no longer holds: the server was started anew."""
         self._last = None
 
+    def saw_error(self, error: TritonError) -> None:
+        """Somebody's request failed. If the engine may be gone, the next check asks."""
+        if error.code in (FAILED, UNAVAILABLE):
+            self.forget()
+
     async def check(self, session: aiohttp.ClientSession, url: str | None) -> Health:
         """The latest outcome, if it is fresh; otherwise a new one. `url`: of the server; None while there is none."""
         async with self._lock:
             if url is None:
                 return Health(False, "the server is starting", time.monotonic(), answered=False)
-            if self._last is None or time.monotonic() - self._last.at > self._keep:
+            keep = self._keep if self._last is None or self._last.healthy else min(self._keep, KEEP_BAD_SECONDS)
+            if self._last is None or time.monotonic() - self._last.at > keep:
                 self._last = await self._ask(session, url)
                 if not self._last.answered and self.busy() and self.silence < self._busy_seconds:
                     detail = f"busy: no token for {self.silence:.0f} s"

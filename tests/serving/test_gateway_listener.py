@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 
 from apar.runtime.serving.gateway.app import Gateway
 from apar.runtime.serving.gateway.listener import Listener, bind
@@ -20,16 +24,17 @@ class Nothing:
     """A server that is not there."""
 
     def __init__(self) -> None:
-        self.url = self.metrics_url = None
+        self.url: str | None = None
+        self.metrics_url: str | None = None
         self.restarts = 0
         self.probe = Probe(10)
 
 
 @asynccontextmanager
-async def listening() -> AsyncIterator[int]:
+async def listening(upstream: Nothing | None = None) -> AsyncIterator[int]:
     """Port of a gateway with SETTINGS."""
     socket = bind("127.0.0.1", 0)
-    listener = Listener(Gateway(SETTINGS, Nothing()), socket)
+    listener = Listener(Gateway(SETTINGS, upstream or Nothing()), socket)
     await listener.start()
     try:
         yield socket.getsockname()[1]
@@ -120,5 +125,63 @@ def test_without_a_server_requests_are_told_to_come_again() -> None:
             assert health.startswith(b"HTTP/1.1 503")
             metrics = await exchange(port, b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
             assert b"apar:gateway_server_up 0.0" in metrics
+
+    asyncio.run(run())
+
+
+class Mortal(Nothing):
+    """In place of the Triton server: gives one token, or says that the engine is gone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive = True
+        self.asked = 0
+
+    async def generate(self, request: web.Request) -> web.Response:
+        self.asked += 1
+        said: dict[str, Any] = {"text_output": "a", "finish_reason": "stop", "prompt_tokens": 1, "completion_tokens": 1}
+        said |= {"cached_tokens": 0, "branches": 1, "steps": 1, "seed": 1}
+        if not self.alive:
+            said = {"error": "engine_failed: the engine process ended while it worked on this request"}
+        return web.Response(text=f"data: {json.dumps(said)}\n\n", content_type="text/event-stream")
+
+
+@asynccontextmanager
+async def mortal() -> AsyncIterator[Mortal]:
+    upstream = Mortal()
+    app = web.Application()
+    app.router.add_post("/v2/models/apar/generate_stream", upstream.generate)
+    async with TestServer(app) as server:
+        upstream.url = str(server.make_url("")).rstrip("/")
+        yield upstream
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_health_knows_of_a_dead_engine_at_once_and_soon_of_a_new_one(stream: bool) -> None:
+    async def ask(port: int) -> bytes:
+        body = json.dumps({"model": "tiny", "prompt": "a", "stream": stream}).encode()
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
+        return await exchange(port, head % len(body) + body)
+
+    async def health(port: int) -> bytes:
+        answer = await exchange(port, b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        return answer[9:12]
+
+    async def run() -> None:
+        async with mortal() as upstream, listening(upstream) as port:
+            assert b" 200 " in await ask(port)
+            assert await health(port) == b"200" and upstream.asked == 1, "tokens that users got count"
+            upstream.alive = False
+            await ask(port)
+            assert await health(port) == b"503"
+            asked = upstream.asked
+            assert await health(port) == b"503" and upstream.asked == asked, "not asked at every look"
+            upstream.alive = True
+            for _ in range(100):
+                if await health(port) == b"200":
+                    break
+                await asyncio.sleep(0.05)
+            else:
+                pytest.fail("the engine is back, and is still called unhealthy")
 
     asyncio.run(run())

@@ -190,6 +190,7 @@ class Gateway:
                     reply.take(index, response)
                 return web.json_response(reply.whole())
             except TritonError as error:
+                self._upstream.probe.saw_error(error)
                 raise from_triton(error) from error
             finally:
                 await responses.aclose()
@@ -228,7 +229,11 @@ class Gateway:
                 raise
             except Exception as error:
                 # Once a stream has begun, nothing but an event can tell of an error.
-                said = from_triton(error) if isinstance(error, TritonError) else _failure(_request_id.get())
+                if isinstance(error, TritonError):
+                    self._upstream.probe.saw_error(error)
+                    said = from_triton(error)
+                else:
+                    said = _failure(_request_id.get())
                 await answer.write(b"data: " + json.dumps(said.body()).encode() + b"\n\n")
                 answer.force_close()
             await answer.write_eof()
