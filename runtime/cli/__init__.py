@@ -14,7 +14,7 @@ from typing import Any
 from apar.export.errors import AparError
 from apar.runtime.cli.parser import Parser
 
-OK, FAILED, USAGE, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
+FAILED, USAGE, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
 
 COMMANDS = {
     "build": "build an engine from a checkpoint",

@@ -156,6 +156,9 @@ def test_fewer_heads_than_were_trained(tmp_path: Path) -> None:
     (tmp_path / "heads" / "config.json").write_text(json.dumps({"medusa_num_heads": 2, "medusa_num_layers": 2}))
     heads = Checkpoint.open(tmp_path / "checkpoint", tmp_path / "heads").heads
     assert heads is not None and heads.shape.count == 2
+    (tmp_path / "heads" / "config.json").write_text(json.dumps({"medusa_num_heads": True}))
+    with pytest.raises(CheckpointError, match="medusa_num_heads is True"):
+        Checkpoint.open(tmp_path / "checkpoint", tmp_path / "heads")
 
 
 def test_defects_name_the_remedy(tmp_path: Path) -> None:
@@ -173,6 +176,7 @@ def test_defects_name_the_remedy(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=match):
             Checkpoint.open(tmp_path / "checkpoint", folder)
 
+    refuse("medusa_num_heads is 'x'", medusa_num_heads="x")
     refuse("belong to another model", good | {"0.0.linear.weight": torch.zeros(32, 32)})
     refuse("belong to another model", {n: t[:100] if n.endswith("2.weight") else t for n, t in good.items()})
     refuse("heads.1.blocks.0.bias is missing", {n: t for n, t in good.items() if n != "1.0.linear.bias"})

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-Rows = list[dict[str, Any]]
 Section = Callable[[], dict[str, Any]]
 
 
