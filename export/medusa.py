@@ -111,7 +111,9 @@ def _assemble(
         tied_lm_head=bool(settings.get("medusa_tied_lm_head", False)),
     )
     wanted = settings.get("medusa_num_heads", shape.count)
-    if isinstance(wanted, int) and wanted is not True and 0 < wanted < shape.count:  # a config may ask for fewer heads than were trained
+    if (
+        isinstance(wanted, int) and wanted is not True and 0 < wanted < shape.count
+    ):  # a config may ask for fewer heads than were trained
         shape = replace(shape, count=wanted)
         tensors = {name: tensor for name, tensor in tensors.items() if int(name.split(".")[1]) < wanted}
     for key, count in (("medusa_num_heads", shape.count), ("medusa_num_layers", shape.blocks)):

@@ -29,8 +29,6 @@ class RequestQueues:
         self.waiting: list[Request] = []
         """New requests and preempted ones."""
         self.deadlines = Deadlines()
-        self.num_late = 0
-        """Late requests, waiting and running."""
         self.running: list[Request] = []
         # Rows change with almost every step of a busy server, by a branch or two: they are edited, and listed anew
         # only where requests change places or branches are parked.
@@ -65,7 +63,6 @@ class RequestQueues:
     def leave(self, request: Request) -> None:
         """Take a request without live branches out for good."""
         self.deadlines.discard(request)
-        self.num_late -= request.late
         (self.running if request.state is RequestState.RUNNING else self.waiting).remove(request)
         request.state = RequestState.FINISHED
 
@@ -73,7 +70,6 @@ class RequestQueues:
         """Mark a request as late, or as in time again, and move it to its place among the others."""
         queue = self.running if request.state is RequestState.RUNNING else self.waiting
         queue.remove(request)
-        self.num_late += late - request.late
         request.late = late
         insort(queue, request, key=lambda r: r.sort_key)
         self._stale = True

@@ -115,10 +115,6 @@ class Sampler:
         self._flags[slot] = 0
         self._prepared[slot] = None
 
-    def reads_path(self, slots: Int32Array | IntArray) -> BoolArray:
-        """bool [L]: rows whose rules read the path. All others may stand in a step several times (draft nodes)."""
-        return (self._flags[slots] & (BAD_WORDS | PENALTIES)) != 0
-
     def is_greedy(self, slots: Int32Array | IntArray) -> BoolArray:
         """bool [L]: rows that take the largest logit instead of drawing."""
         return (self._flags[slots] & RANDOM) == 0
@@ -139,7 +135,7 @@ class Sampler:
         """Sample one token for each of L rows.
 
         logits: [L, V], V >= vocab_size, on the host or on a device; may be overwritten.
-        slots: [L] slot of each row's branch. A slot may repeat where `reads_path` is false.
+        slots: [L] slot of each row's branch.
         paths: [capacity, max_context] token ids; a slot's path is `paths[slot, :lengths[slot]]`, prompt first.
         lengths: [capacity] path lengths, without the token to be sampled.
         counters: [L] index in its own branch of the token to be sampled (a forced [Child] not counted).

@@ -82,7 +82,7 @@ class OnnxExecutor(Executor):
         spinning = not os.environ.get("CI") if spinning is None else spinning
         self._session: onnxruntime.InferenceSession | None = None
         self._heads: onnxruntime.InferenceSession | None = None
-        self._engine, self._threads, self._spinning = engine, threads, spinning
+        self._engine, self._threads = engine, threads
         self.manifest = Manifest.load(engine)
         options = _session_options(threads, spinning)
         library = "standard operators"

@@ -510,7 +510,7 @@ def test_what_a_row_needs() -> None:
     ):
         batch.add(slot, params)
     slots = np.arange(4, dtype=np.int32)
-    assert batch.sampler.reads_path(slots).tolist() == [False, False, True, True]
+    assert batch.sampler.is_bare(slots).tolist() == [False] * 4
     assert batch.sampler.is_greedy(slots).tolist() == [True, False, True, True]
 
 
