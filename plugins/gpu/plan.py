@@ -73,49 +73,55 @@ def make_plan(
     in_row: IntArray | int = 0
     if int(counts.max(initial=0)) <= sizes.tile_tokens:
         own_tiles: IntArray | npt.NDArray[np.bool_] = real
-        tile_row = np.flatnonzero(real)
+        tile_row: IntArray = real.nonzero()[0]
         everyone = tile_row.size == counts.size
         begin = first = starts if everyone else starts[tile_row]
         number = count = counts if everyone else counts[tile_row]
         seen = context if everyone else context[tile_row]
     else:
-        several = np.where(real, -(-counts // sizes.tile_tokens), 0)
+        several: IntArray = np.where(real, -(-counts // sizes.tile_tokens), 0)
         own_tiles = several
-        tile_row = np.repeat(np.arange(counts.size), several)
-        in_row = (np.arange(tile_row.size) - (np.cumsum(several) - several)[tile_row]) * sizes.tile_tokens
+        tile_row, place = _runs(several)
+        in_row = place * sizes.tile_tokens
         first, number, seen = starts[tile_row], counts[tile_row], context[tile_row]
         begin = first + in_row
         count = np.minimum(number - in_row, sizes.tile_tokens)
 
     passes = None
     if share and sizes.splits:
-        passes = _prefix_passes(sizes, starts, ends, context, real, own_tiles, prefix_rows, prefix_blocks, block_size)
+        all_real = tile_row.size == counts.size and own_tiles is real
+        passes = _prefix_passes(
+            sizes, query_start, context, None if all_real else (real, own_tiles), prefix_rows, prefix_blocks, block_size
+        )
     prefixes = 0
     if passes is not None:
         first_row, end_row, keys = passes
-        prefix_begin = starts[first_row]
-        prefix_tokens = ends[end_row - 1] - prefix_begin
-        tiles = -(-prefix_tokens // sizes.tile_tokens)
-        group = np.repeat(np.arange(tiles.size), tiles)
-        prefixes = group.size
+        prefix_begin = prefix_first = starts[first_row]
+        prefix_count = query_start[end_row] - prefix_begin
+        prefix_row, prefix_keys = first_row, keys
+        if int(prefix_count.max()) > sizes.tile_tokens:
+            tiles = -(-prefix_count // sizes.tile_tokens)
+            group, place = _runs(tiles)
+            offset = place * sizes.tile_tokens
+            prefix_first = prefix_begin[group]
+            prefix_begin = prefix_first + offset
+            prefix_count = np.minimum(prefix_count[group] - offset, sizes.tile_tokens)
+            prefix_row, prefix_keys = first_row[group], keys[group]
+        prefixes = prefix_row.size
     # A tile is an item until its keys are cut.
     table = plan[PLAN_HEADER : PLAN_HEADER + ITEM_FIELDS * (prefixes + tile_row.size)].reshape(-1, ITEM_FIELDS)
     own = table[prefixes:]
     own[:, 0], own[:, 1], own[:, 2] = begin, count, tile_row
     own[:, 4], own[:, 5], own[:, 6] = seen + (number if masked else in_row + count), seen, first
     if passes is not None:
-        shared = np.zeros(counts.size + 1, np.int32)
+        shared = np.zeros(counts.size + 1, np.int64)
         # Groups do not overlap: each adds its keys where it begins and takes them back where it ends.
         shared[first_row] = keys
-        np.subtract.at(shared, end_row, keys)
-        own[:, 3] = np.cumsum(shared)[tile_row]
-        offset = (np.arange(prefixes) - (np.cumsum(tiles) - tiles)[group]) * sizes.tile_tokens
+        shared[end_row] -= keys
+        own[:, 3] = np.add.accumulate(shared)[tile_row]
         front = table[:prefixes]
-        front[:, 6] = prefix_begin[group]
-        front[:, 0] = front[:, 6] + offset
-        front[:, 1] = np.minimum(prefix_tokens[group] - offset, sizes.tile_tokens)
-        front[:, 2] = first_row[group]
-        front[:, 4] = front[:, 5] = keys[group]
+        front[:, 0], front[:, 1], front[:, 2] = prefix_begin, prefix_count, prefix_row
+        front[:, 4], front[:, 5], front[:, 6] = prefix_keys, prefix_keys, prefix_first
     _cut(plan, sizes, table, prefixes)
     return plan
 
@@ -123,39 +129,42 @@ def make_plan(
 def _cut(plan: Int32Array, sizes: StepSizes, tiles: Int32Array, prefixes: int) -> None:
     """Cut the keys of `tiles`, the front of the item table, into items; the first `prefixes` are prefix passes."""
     begin, count, key_begin = tiles[:, 0], tiles[:, 1], tiles[:, 3]
-    length = tiles[:, 4] - key_begin
-    chunk = _chunk(length, sizes.budget)
-    splits = -(-length // chunk)
-    partial = (splits > 1) | (key_begin > 0)
+    chunk, splits, total = _chunk(tiles[:, 4] - key_begin, sizes.budget)
+    partial = key_begin > 0
+    if total > splits.size:
+        partial |= splits > 1
     partial[:prefixes] = True
-    used = splits * count * partial
-    part_end = np.cumsum(used)
+    left = count * partial
+    used = splits * left
+    part_end = np.add.accumulate(used, dtype=np.int32)
     part = part_end - used
-    total = int(splits.sum())
-    some = part * partial, count * partial, np.where(partial, splits, -1)
-    tiles[:, 7] = np.where(partial, part, -1)
+    part *= partial
+    tiles[:, 7] = part - ~partial
+    some = part, left, splits * partial - ~partial
 
     # What each token's tile left for the merge. Tokens of a tile are consecutive.
     parts = plan[PLAN_HEADER + ITEM_FIELDS * sizes.items :].reshape(sizes.tokens, PART_FIELDS)
-    for here, at in ((slice(prefixes, None), 0), (slice(0, prefixes), 3)):
-        n, token = count[here], begin[here]
-        if n.size == 0:
+    for start, end, at in ((prefixes, splits.size, 0), (0, prefixes, 3)):
+        if start == end:
             continue
+        n, token = count[start:end], begin[start:end]
         if int(n.max()) == 1:
+            # Without a gap between the tokens, as in most steps, a slice of them will do.
+            first, last = int(token[0]), int(token[-1])
+            here: slice | IntArray = slice(first, last + 1) if last - first + 1 == n.size else token
             for i in range(3):
-                parts[token, at + i] = some[i][here]
+                parts[here, at + i] = some[i][start:end]
             continue
-        tile = np.repeat(np.arange(n.size), n)
-        within = np.arange(tile.size) - (np.cumsum(n) - n)[tile]
-        token = token[tile] + within
+        tile, within = _runs(n)
+        here = token[tile] + within
+        tile += start
         for i in range(3):
-            parts[token, at + i] = some[i][here][tile]
-        parts[token, at] += (within * partial[here][tile]).astype(np.int32)
+            parts[here, at + i] = some[i][tile]
+        parts[here, at] += within * partial[tile]
 
     plan[:4] = total, chunk, part_end[-1] if part_end.size else 0, splits.size
     if total > splits.size:
-        tile = np.repeat(np.arange(splits.size), splits)
-        split = (np.arange(total) - (np.cumsum(splits) - splits)[tile]).astype(np.int32)
+        tile, split = _runs(splits)
         items = tiles[tile]
         items[:, 3] += split * np.int32(chunk)
         items[:, 4] = np.minimum(items[:, 3] + np.int32(chunk), items[:, 4])
@@ -165,46 +174,59 @@ def _cut(plan: Int32Array, sizes: StepSizes, tiles: Int32Array, prefixes: int) -
 
 def _prefix_passes(
     sizes: StepSizes,
-    starts: Int32Array,
-    ends: Int32Array,
+    query_start: Int32Array,
     context: Int32Array,
-    real: npt.NDArray[np.bool_],
-    own_tiles: IntArray | npt.NDArray[np.bool_],
+    padded: tuple[npt.NDArray[np.bool_], IntArray | npt.NDArray[np.bool_]] | None,
     prefix_rows: Int32Array,
     prefix_blocks: Int32Array,
     block_size: int,
 ) -> tuple[IntArray, IntArray, IntArray] | None:
-    """First rows, end rows and shared keys of the groups whose prefix is read once; None where there is none."""
-    groups = np.flatnonzero((prefix_rows[1:] - prefix_rows[:-1] > 1) & (prefix_blocks >= -(-PREFIX_KEYS // block_size)))
+    """First rows, end rows and shared keys of the groups whose prefix is read once; None where there is none.
+
+    `padded`: which rows are real, and how many tiles each has; None: all are, and have one.
+    """
+    several = prefix_rows[1:] - prefix_rows[:-1] > 1
+    groups = (several & (prefix_blocks >= -(-PREFIX_KEYS // block_size))).nonzero()[0]
     if groups.size == 0:
         return None
     first, end = prefix_rows[groups], prefix_rows[groups + 1]
     bounds = np.empty(2 * groups.size, np.int64)
     bounds[::2], bounds[1::2] = first, end
     # The rows between two groups fall to the odd places; an end behind the last row has nothing to reduce.
-    inside = bounds[:-1] if bounds[-1] == starts.size else bounds
-    blocks = np.minimum.reduceat(np.where(real, context // block_size, NO_CHUNK), inside)[::2]
-    blocks = np.minimum(prefix_blocks[groups], blocks)
-    rows = np.add.reduceat(real, inside, dtype=np.int64)[::2]
-    tiles = np.add.reduceat(own_tiles, inside, dtype=np.int64)[::2]
-    tokens = ends[end - 1] - starts[first]
-    keys = blocks.astype(np.int64) * block_size
+    inside = bounds[:-1] if bounds[-1] == context.size else bounds
+    if padded is None:
+        least, rows = context, end - first
+        tiles = rows
+    else:
+        least = np.where(padded[0], context, NO_CHUNK)
+        rows, tiles = (np.add.reduceat(each, inside, dtype=np.int64)[::2] for each in padded)
+    blocks = np.minimum.reduceat(least, inside)[::2] // block_size
+    tokens = query_start[end] - query_start[first]
+    keys = np.minimum(prefix_blocks[groups], blocks).astype(np.int64) * block_size
     saved = (tiles - -(-tokens // sizes.tile_tokens)) * keys
     pays = (rows > 1) & (keys >= PREFIX_KEYS) & (saved >= (PREFIX_GAIN * sizes.heads_per_group) * tokens)
-    if pays.all():
+    number = np.count_nonzero(pays)
+    if number == pays.size:
         return first, end, keys
-    return (first[pays], end[pays], keys[pays]) if pays.any() else None
+    return (first[pays], end[pays], keys[pays]) if number else None
 
 
-def _chunk(length: IntArray, budget: int) -> int:
-    """The shortest chunk that adds at most `budget` items."""
-    if budget and length.size:
-        # A chunk adds at least total / chunk - tiles items: shorter ones need not be tried.
-        least = int(length.sum()) // (MIN_CHUNK * (budget + length.size))
-        for step in range(least.bit_length() and least.bit_length() - 1, CHUNK_STEPS):
-            chunk = MIN_CHUNK << step
-            if int((-(-length // chunk)).sum()) - length.size <= budget:
-                return chunk
-    elif budget:
-        return MIN_CHUNK
-    return NO_CHUNK
+def _chunk(length: Int32Array, budget: int) -> tuple[int, Int32Array, int]:
+    """The shortest chunk that adds at most `budget` items; the chunks of each tile, and of all."""
+    if budget:
+        splits = (length + (MIN_CHUNK - 1)) // MIN_CHUNK
+        for step in range(CHUNK_STEPS):
+            total = int(splits.sum())
+            if total - length.size <= budget:
+                return MIN_CHUNK << step, splits, total
+            # Chunks twice as long: half as many, rounded up.
+            splits = (splits + 1) >> 1
+    splits = -(-length // NO_CHUNK)
+    return NO_CHUNK, splits, int(splits.sum())
+
+
+def _runs(counts: IntArray) -> tuple[IntArray, Int32Array]:
+    """For each of `counts` [n] things in a row: whose it is, and its place among those."""
+    owner = np.repeat(np.arange(counts.size), counts)
+    place = np.arange(owner.size) - (np.add.accumulate(counts) - counts)[owner]
+    return owner, place.astype(np.int32)
