@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import re
+import secrets
 import shutil
+import time
 from pathlib import Path
 from types import TracebackType
 
 from apar.export.errors import BuildError
 from apar.export.manifest import MANIFEST_NAME
 
+_QUIET_SECONDS = 60.0
+"""A directory that nobody holds is left alone for so long if a process has its number: it may have just been made."""
+
 
 class OutputDirectory:
     """Context manager: yields a hidden sibling directory that takes `target`'s name when the block succeeds.
 
-    Remains of builds that were killed are removed on entering; on an exception, ours is.
+    Remains of builds that were killed are removed on entering; on an exception, ours is. A build holds its directory
+    by a lock, since numbers of processes mean nothing to containers that share a disk.
     """
 
     def __init__(self, target: Path, *, overwrite: bool, needed_bytes: int) -> None:
@@ -23,7 +31,9 @@ class OutputDirectory:
         self._target = target.absolute()
         self._overwrite = overwrite
         self._needed = needed_bytes
+        self._mark = f"{os.getpid()}-{secrets.token_hex(4)}"
         self._partial = self._sibling("partial")
+        self._held: int | None = None
 
     def __enter__(self) -> Path:
         """Check and make the directory. Raises BuildError: the target exists, or the disk is too small."""
@@ -39,6 +49,7 @@ class OutputDirectory:
                     "make room or choose another directory"
                 )
             self._partial.mkdir()
+            self._held = _hold(self._partial)
         except OSError as error:
             raise BuildError(f"{self._target} cannot be made: {error}") from error
         return self._partial
@@ -53,6 +64,8 @@ class OutputDirectory:
             raise BuildError(f"{self._target} cannot be put in place: {failure}") from failure
         finally:
             shutil.rmtree(self._partial, ignore_errors=True)
+            if self._held is not None:
+                os.close(self._held)
 
     def _check_target(self) -> None:
         target = self._target
@@ -67,22 +80,32 @@ class OutputDirectory:
 
     def _publish(self) -> None:
         self._check_target()
-        old = self._sibling("old")
-        if self._target.exists():
+        if not self._target.exists():
+            self._partial.rename(self._target)
+            sync(self._target.parent, entries=False)
+            return
+        old, held = self._sibling("old"), _hold(self._target)
+        try:
             self._target.rename(old)
-        self._partial.rename(self._target)
-        sync(self._target.parent, entries=False)
-        shutil.rmtree(old, ignore_errors=True)
+            try:
+                self._partial.rename(self._target)
+            except OSError:
+                old.rename(self._target)
+                raise
+            sync(self._target.parent, entries=False)
+            shutil.rmtree(old, ignore_errors=True)
+        finally:
+            os.close(held)
 
     def _sibling(self, role: str) -> Path:
-        return self._target.with_name(f".{self._target.name}.{role}-{os.getpid()}")
+        return self._target.with_name(f".{self._target.name}.{role}-{self._mark}")
 
     def _clean(self, parent: Path) -> None:
         """Remove what dead builds of the same target left; put back an engine that died between two renames."""
-        pattern = re.compile(re.escape(f".{self._target.name}.") + r"(partial|old)-(\d+)")
+        pattern = re.compile(re.escape(f".{self._target.name}.") + r"(partial|old)-(\d+)(?:-[0-9a-f]+)?")
         for path in parent.iterdir():
             match = pattern.fullmatch(path.name)
-            if match is None or (_alive(int(match[2])) and int(match[2]) != os.getpid()):
+            if match is None or not _is_dead(path, int(match[2])):
                 continue
             if match[1] == "old" and not self._target.exists():
                 path.rename(self._target)
@@ -98,6 +121,33 @@ def sync(directory: Path, *, entries: bool = True) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def _hold(directory: Path) -> int:
+    """A handle that has a lock on the directory, wherever that is moved to, until it is closed or its process ends."""
+    handle = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
+    with contextlib.suppress(OSError):  # without locks what is left of others is known by their numbers alone
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    return handle
+
+
+def _is_dead(directory: Path, process: int) -> bool:
+    """Whether nobody works on what `process` began."""
+    try:
+        age = time.time() - directory.stat().st_mtime
+        handle = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False  # it has just gone
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        locks = True
+    except BlockingIOError:
+        return False
+    except OSError:
+        locks = False
+    finally:
+        os.close(handle)
+    return process == os.getpid() or not _alive(process) or (locks and age > _QUIET_SECONDS)
 
 
 def _alive(process: int) -> bool:

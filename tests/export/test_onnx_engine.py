@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -166,6 +167,57 @@ def test_killed_build_leaves_nothing_that_loads(checkpoint: Path, tmp_path: Path
             with pytest.raises(EngineError, match=r"is not a directory|holds no manifest\.json"):
                 m.Manifest.load(directory)
     build(checkpoint, engine)
+    assert [path.name for path in tmp_path.iterdir()] == ["engine"]
+
+
+def test_builds_at_the_same_time_leave_each_other_alone(checkpoint: Path, tmp_path: Path) -> None:
+    """Also where they have the same number, or one that nobody has here: in containers that share a disk."""
+    engine, inside = tmp_path / "engine", threading.Event()
+    finished = threading.Event()
+    found: list[m.Manifest] = []
+
+    def wait(stage: str, done: int, total: int) -> None:
+        if stage == "graph" and done == 0:
+            inside.set()
+            assert finished.wait(60)
+
+    def first() -> None:
+        found.append(build(checkpoint, engine, overwrite=True, progress=wait))
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    assert inside.wait(60)
+    (partial,) = tmp_path.iterdir()
+    stranger = partial.with_name(".engine.partial-4000000-0123abcd")  # as another container sees it
+    partial.rename(stranger)
+    try:
+        second = build(checkpoint, engine, block_size=32)
+        assert m.Manifest.load(engine) == second
+        assert {path.name for path in tmp_path.iterdir()} == {"engine", stranger.name}
+    finally:
+        stranger.rename(partial)
+        finished.set()
+        thread.join(60)
+    assert m.Manifest.load(engine) == found[0] != second
+    assert [path.name for path in tmp_path.iterdir()] == ["engine"]
+
+
+def test_an_engine_that_cannot_be_put_in_place_leaves_the_old_one(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = tmp_path / "engine"
+    old = build(checkpoint, engine)
+    rename = Path.rename
+
+    def fail(path: Path, target: Path) -> Path:
+        if ".partial-" in path.name:
+            raise OSError("no")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(BuildError, match="cannot be put in place"):
+        build(checkpoint, engine, overwrite=True, block_size=32)
+    assert m.Manifest.load(engine) == old
     assert [path.name for path in tmp_path.iterdir()] == ["engine"]
 
 
