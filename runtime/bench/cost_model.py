@@ -96,6 +96,8 @@ class CostModel:
             }[str(field.type)]
             if not fits:
                 raise RequestError(f"cost model: {field.name} is {value!r}, it must be {wanted}")
+        if not any(getattr(self, name) for name in MAY_BE_ZERO):
+            raise RequestError(f"cost model: steps take no time; one of {', '.join(MAY_BE_ZERO)} must be above 0")
 
     def moved_bytes(self, work: StepWork) -> float:
         """Bytes through the memory: weights, K/V read and written, slots copied (read and written)."""

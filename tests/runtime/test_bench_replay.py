@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from apar.export.errors import AparError, RequestError
-from apar.runtime.bench.cost_model import CostModel, StepWork, load_cost_model
+from apar.runtime.bench.cost_model import MAY_BE_ZERO, CostModel, StepWork, load_cost_model
 from apar.runtime.bench.replay import ReplayBench
 from apar.runtime.bench.workload import Workload, forks, plan_workload, poisson
 from apar.runtime.cli import main
@@ -271,6 +271,7 @@ class TestErrors:
             ('{"overhead_seconds": NaN}', "overhead_seconds is nan"),
             ('{"kv_pool_tokens": 5.5}', "whole number"),
             ('{"shared_prefix_reads": 1}', "true or false"),
+            (json.dumps(dict.fromkeys(MAY_BE_ZERO, 0)), "steps take no time; one of overhead_seconds"),
         ],
     )
     def test_cost_models(self, content: str, message: str, tmp_path: Path) -> None:

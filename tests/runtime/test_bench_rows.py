@@ -29,6 +29,7 @@ def test_result(tiny_engine: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert row["tokens_per_second"] == pytest.approx(row["rows"] / seconds, rel=0.01)
         assert row["gb_per_second"] == pytest.approx(weights / seconds / 1e9, rel=0.05, abs=0.01)
     assert {"bench", "engine", "settings", "machine"} < set(result)
+    assert result["settings"]["format"] is None, "an engine has its own, not the default of shapes"
 
 
 def test_table(tiny_engine: Path, capsys: pytest.CaptureFixture[str]) -> None:

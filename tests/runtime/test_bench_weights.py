@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
 from apar.runtime.cli import main
 
-pytest.importorskip("triton")
+
+def test_without_triton(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    for name in [name for name in sys.modules if name.startswith(("apar.plugins.gpu", "apar.runtime.bench.gpu"))]:
+        monkeypatch.delitem(sys.modules, name)
+    assert main(["bench", "weights", "tiny", "-q"]) == 1
+    assert "need the package triton; install it with: pip install 'apar[gpu]'" in capsys.readouterr().err
 
 
 def test_formats_against_bf16(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("triton")
     assert main(["bench", "weights", "tiny", "--limit", "1", "--max-tokens", "5", "-q", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     rows = {row["weights"]: row for row in found["formats"]}

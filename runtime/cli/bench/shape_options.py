@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from apar.runtime.cli.parser import Parser, whole
 
@@ -43,8 +44,14 @@ def add_shape_choice(parser: Parser) -> None:
 
 
 def _add_weights(group: argparse._ArgumentGroup, default: str) -> None:
-    group.add_argument("--format", choices=FORMATS, default=default, help="weights of a shape")
+    group.add_argument("--format", choices=FORMATS, default=default, help="weights of a shape; an engine has its own")
     group.add_argument("--layers", type=whole(1), metavar="N", help="other number of layers than the shape's")
+
+
+def chosen_shape(options: argparse.Namespace) -> dict[str, Any]:
+    """What was measured, for the result's settings; an engine has a format of its own, whatever `--format` says."""
+    weights = options.format if options.shape in SHAPES else None
+    return {"shape": options.shape, "format": weights, "layers": options.layers}
 
 
 def find_shape(options: argparse.Namespace) -> Path:

@@ -7,7 +7,7 @@ from typing import Any
 
 from apar.export.errors import RequestError
 from apar.runtime.cli.bench.progress import show_progress
-from apar.runtime.cli.bench.shape_options import add_shape_options, find_shape
+from apar.runtime.cli.bench.shape_options import add_shape_options, chosen_shape, find_shape
 from apar.runtime.cli.engine_options import executor_options
 from apar.runtime.cli.parser import Parser, whole
 
@@ -51,9 +51,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         result = bench.run(options.repeat, None if options.quiet else show_progress)
     finally:
         bench.close()
-    result["settings"] = {"shape": options.shape, "format": options.format, "layers": options.layers} | result[
-        "settings"
-    ]
+    result["settings"] = chosen_shape(options) | result["settings"]
     return result
 
 

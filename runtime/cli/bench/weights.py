@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from apar.export.errors import RequestError
+from apar.export.errors import ExecutorError, RequestError
 from apar.runtime.cli.bench.progress import show_progress
 from apar.runtime.cli.parser import Parser, whole
 
@@ -31,7 +31,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """The result, as `--json` prints it."""
     from pathlib import Path
 
-    from apar.runtime.bench.gpu.rounded import compare_formats
+    try:
+        from apar.runtime.bench.gpu.rounded import compare_formats
+    except ModuleNotFoundError as error:
+        raise ExecutorError(
+            f"the GPU's weight formats need the package {error.name}; install it with: pip install 'apar[gpu]'"
+        ) from error
     from apar.runtime.cli.engine_options import find_engine
     from apar.runtime.cli.prompts import read_prompts
     from apar.runtime.engine_source import tiny_checkpoint
