@@ -136,7 +136,7 @@ class Booking:
         self.lifecycle.counters.request_steps += steps * owners.size
         exhausted = remaining <= 0
         dropped: list[Branch] = []
-        if exhausted.any():
+        if np.count_nonzero(exhausted):
             kept = self._within_budget(groups)
             dropped = self.queues.branches_at(slots[~kept])
             slots, counters, tokens, place = slots[kept], counters[kept], tokens[kept], place[kept]
@@ -150,7 +150,7 @@ class Booking:
         for token in (self.tokens.fork, *self.tokens.eos):
             happens |= tokens == token
         watched = exhausted | requests.stop_tokens[owners]
-        if watched.any():
+        if np.count_nonzero(watched):
             happens |= watched[place]
         report.branches = self.queues.branches_at(slots)
         report.tokens = tokens.tolist()

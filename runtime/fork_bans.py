@@ -59,7 +59,7 @@ class ForkBans:
         banned |= length > self.table.fork_limit[slots]
         banned |= last == self.tokens.fork
         banned |= last == self.tokens.child
-        if (~full & (live + groups.sizes > most)).any():
+        if np.count_nonzero(~full & (live + groups.sizes > most)):
             # Not all rows of some request may fork: the first ones, of those that nothing else forbids it.
             candidates = ~banned
             before: IntArray = np.cumsum(candidates) - candidates

@@ -1,22 +1,27 @@
 """The runtime's own cost a step: scheduler, books, inputs and sampling, with no model behind.
 
-Recorded answers of one shape are replayed: a root that forks `BRANCHES - 1` children early, then all of them decode
+First answers of one shape are replayed: a root that forks `BRANCHES - 1` children early, then all of them decode
 for as long as is measured, so every measured step has exactly `rows` rows. Steps in which branches are born come
-before and are reported on their own.
+before and are reported on their own. Then the recorded answers of a 7B model, a new one whenever fewer than `rows`
+branches are alive: a busy server, in which prompts are computed and branches are born and end all the time.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from itertools import cycle
 from time import perf_counter
 from typing import Any
 
 from apar.export.errors import RequestError
 from apar.runtime.bench.machine import describe_machine
 from apar.runtime.bench.timed_executor import TimedExecutor
+from apar.runtime.bench.workload import plan_workload
+from apar.runtime.booking import StepReport
 from apar.runtime.engine import Engine
 from apar.runtime.executor.replay import ReplayExecutor
+from apar.runtime.executor.replay_script import Tree
 from apar.runtime.limits import ForkPolicy, SchedulerLimits
 from apar.runtime.sampling_params import SamplingParams
 from apar.runtime.service_level import ServiceLevel
@@ -27,6 +32,8 @@ PROMPT = 32
 MAIN = 3
 """Tokens that a root says before each fork."""
 BLOCK = 16
+BUSY_WARM_UP = 300
+"""Steps of the busy server that are not counted: answers begin together and have to drift apart."""
 PATIENCE = 1e6
 """Seconds, and times what a request takes alone: a service level that nobody misses."""
 
@@ -35,7 +42,9 @@ def bench_host(rows: int, steps: int = 200, vocab_size: int = 64, fork_policy: F
     """Median cost of a step at `rows` live rows.
 
     Returns `host_us_per_step` (schedule + commit), its parts `schedule_us` and `commit_us`, `sample_us`, the
-    stand-in model's `replay_us`, and `fork_step_us`: host cost of steps in which branches were born.
+    stand-in model's `replay_us`, and `fork_step_us`: host cost of steps in which branches were born. Of the busy
+    server `busy_us_per_step` (schedule + commit) and, as means, `busy_rows` of a step, `busy_births` of branches, those
+    of roots included, and `busy_ends`.
     `vocab_size` is what the sampler goes through. Under `adaptive` the service level is so wide that all rows stay in
     every step, and the policy looks at all of them in each. Raises RequestError if a number is not usable.
     """
@@ -46,9 +55,6 @@ def bench_host(rows: int, steps: int = 200, vocab_size: int = 64, fork_policy: F
     lasting = steps + (MAIN + 2) * BRANCHES + len(sizes) + 64
     trees = [_tree(size, lasting, len(sizes)) for size in sizes]
     context = PROMPT + 2 * lasting + 64
-    blocks = (rows + 1) * (context // BLOCK + 2)
-    replay = ReplayExecutor(trees, num_blocks=blocks, block_size=BLOCK, vocab_size=vocab_size, max_context=context)
-    executor = TimedExecutor(replay)
     limits = SchedulerLimits(
         max_rows=rows + 1,
         max_step_tokens=max(4096, 2 * rows + 2),
@@ -56,18 +62,23 @@ def bench_host(rows: int, steps: int = 200, vocab_size: int = 64, fork_policy: F
         fork_policy=fork_policy,
         service_level=ServiceLevel(PATIENCE, PATIENCE),
     )
-    engine = Engine(executor, limits)
+    server = _Server(trees, context, limits, vocab_size)
     try:
         for i in range(len(trees)):
-            engine.submit(
-                str(i), replay.replay_prompt(i), SamplingParams(max_tokens=2**30, max_branches=BRANCHES, seed=0)
-            )
-        steady, forking = _measure(engine, executor, rows, steps)
+            server.submit(i)
+        steady, forking = _measure(server, rows, steps)
     finally:
-        engine.close()
+        server.engine.close()
+    workload = plan_workload("vicuna-7b", concurrency=rows)
+    server = _Server(workload.trees, workload.longest_path, limits, vocab_size)
+    try:
+        busy = _measure_busy(server, workload.order, rows, steps)
+    finally:
+        server.engine.close()
     return {
         "bench": "host",
         **_summary(rows, steady, forking),
+        **busy,
         "vocab_size": vocab_size,
         "fork_policy": fork_policy,
         "machine": describe_machine(),
@@ -78,24 +89,66 @@ Parts = tuple[float, float, float, float]
 """Seconds of one step: schedule, model, sample, commit."""
 
 
-def _measure(engine: Engine, executor: TimedExecutor, rows: int, steps: int) -> tuple[list[Parts], list[Parts]]:
-    steady: list[Parts] = []
-    forking: list[Parts] = []
-    while len(steady) < steps:
-        sampling = engine.sample_seconds
+class _Server:
+    """An engine that replays trees, with room for all its branches."""
+
+    def __init__(self, trees: Sequence[Tree], context: int, limits: SchedulerLimits, vocab_size: int) -> None:
+        blocks = limits.max_live_branches * (context // BLOCK + 2)
+        self._replay = ReplayExecutor(
+            trees, num_blocks=blocks, block_size=BLOCK, vocab_size=vocab_size, max_context=context
+        )
+        self.executor = TimedExecutor(self._replay)
+        self.engine = Engine(self.executor, limits)
+
+    def submit(self, tree: int) -> None:
+        params = SamplingParams(max_tokens=2**30, max_branches=BRANCHES, seed=0)
+        self.engine.submit(str(tree), self._replay.replay_prompt(tree), params)
+
+    def step(self) -> tuple[StepReport, Parts]:
+        sampling = self.engine.sample_seconds
         began = perf_counter()
-        report = engine.step()
+        report = self.engine.step()
         ended = perf_counter()
         if report is None:
             raise RuntimeError("the replayed answers ended before enough steps were measured")
-        record = executor.records[-1]
-        sampled = engine.sample_seconds - sampling
-        parts = (record.started - began, record.ended - record.started, sampled, ended - record.ended - sampled)
+        record = self.executor.records[-1]
+        sampled = self.engine.sample_seconds - sampling
+        return report, (record.started - began, record.ended - record.started, sampled, ended - record.ended - sampled)
+
+
+def _measure(server: _Server, rows: int, steps: int) -> tuple[list[Parts], list[Parts]]:
+    steady: list[Parts] = []
+    forking: list[Parts] = []
+    while len(steady) < steps:
+        report, parts = server.step()
+        record = server.executor.records[-1]
         if report.forked:
             forking.append(parts)
         elif record.decodes and record.rows == rows:
             steady.append(parts)
     return steady, forking
+
+
+def _measure_busy(server: _Server, order: Sequence[int], rows: int, steps: int) -> dict[str, float]:
+    scheduler, trees = server.engine.scheduler, cycle(order)
+    seconds: list[float] = []
+    live = born = ended = 0
+    for step in range(BUSY_WARM_UP + steps):
+        missing = rows - scheduler.load()["live_branches"] - len(scheduler.waiting)
+        for _ in range(missing):
+            server.submit(next(trees))
+        report, (schedule, _, _, commit) = server.step()
+        if step >= BUSY_WARM_UP:
+            seconds.append(schedule + commit)
+            live += server.executor.records[-1].rows
+            born += max(missing, 0) + len(report.forked)
+            ended += len(report.ended)
+    return {
+        "busy_us_per_step": round(1e6 * statistics.median(seconds), 2),
+        "busy_rows": round(live / steps, 1),
+        "busy_births": round(born / steps, 2),
+        "busy_ends": round(ended / steps, 2),
+    }
 
 
 def _summary(rows: int, steady: Sequence[Parts], forking: Sequence[Parts]) -> dict[str, Any]:
@@ -115,6 +168,6 @@ def _summary(rows: int, steady: Sequence[Parts], forking: Sequence[Parts]) -> di
     }
 
 
-def _tree(branches: int, lasting: int, trees: int) -> dict[str, Any]:
+def _tree(branches: int, lasting: int, trees: int) -> Tree:
     segments = [[MAIN, lasting] for _ in range(branches - 1)]
     return {"prompt_tokens": PROMPT + trees.bit_length(), "segments": [*segments, [lasting, 0]]}

@@ -87,6 +87,7 @@ def show_host(result: Result, console: Console | None = None) -> None:
         ("  10th percentile of both", "host_us_p10"),
         ("  99th percentile of both", "host_us_p99"),
         ("  both where branches are born", "fork_step_us"),
+        ("both in a busy server", "busy_us_per_step"),
         (f"sample ({result['vocab_size']} logits a row)", "sample_us"),
         ("replay, in place of the model", "replay_us"),
     ):

@@ -494,8 +494,9 @@ class TestBench:
     def test_host(self, capsys: pytest.CaptureFixture[str]) -> None:
         result = json.loads(run(capsys, "bench", "host", "--rows", "11", "--steps", "20", "--json")[0])
         assert (result["rows"], result["steps"]) == (11, 20)
-        for key in ("host_us_per_step", "schedule_us", "commit_us", "sample_us", "fork_step_us"):
+        for key in ("host_us_per_step", "schedule_us", "commit_us", "sample_us", "fork_step_us", "busy_us_per_step"):
             assert result[key] > 0
+        assert result["busy_rows"] >= 10 and result["busy_births"] > 0 and result["busy_ends"] > 0
         assert {"cpu", "usable_cores", "isa", "versions"} <= set(result["machine"])
         command = ["bench", "host", "--rows", "11", "--steps", "20", "--fork-policy", "adaptive", "--json"]
         assert json.loads(run(capsys, *command)[0])["fork_policy"] == "adaptive"

@@ -521,3 +521,47 @@ def test_special_tokens_are_where_they_belong() -> None:
             pairs = list(zip(branch.tokens, branch.tokens[1:], strict=False))
             assert (FORK, FORK) not in pairs
             assert not branch.tokens or branch.parent is None or branch.tokens[0] != FORK
+
+
+def test_requests_that_wait_for_their_prompts_cost_a_step_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step looks at the requests whose prompts it computes, and once at each that is new, not at all in the queue."""
+    engine = make(num_blocks=4096, limits=SchedulerLimits(max_rows=8, max_step_tokens=16, max_live_branches=128))
+    scheduler = engine.scheduler
+    looked: list[Branch] = []
+    attach = scheduler.blocks.attach_prefix
+    monkeypatch.setattr(scheduler.blocks, "attach_prefix", lambda branch: (looked.append(branch), attach(branch)))
+    for i in range(16):  # all are admitted at once
+        engine.submit(str(i), [3 + (i + j) % 17 for j in range(60)], SamplingParams(max_tokens=1))
+    engine.step()
+    assert len(scheduler.running) == 16 and len(looked) <= 16 + 2
+    while len(scheduler.running) > 8:
+        looked.clear()
+        engine.step()
+        scheduler.check()
+        assert len(looked) <= 3
+    run(engine)
+
+
+def test_one_branch_extends_its_blocks_as_a_step_does() -> None:
+    """`extend` of one branch is `claim` and `take`: the same blocks, copies and counts, shared tails included."""
+    taken = []
+    for alone in (False, True):
+        engine = make(block_size=4)
+        request = engine.submit("r", forking_prompt(3), LONG)
+        while len(request.live) < 2:
+            assert engine.step() is not None
+        table, blocks = engine.scheduler.table, engine.scheduler.blocks
+        copies = []
+        for branch in request.live:
+            for end in (int(table.length[branch.slot]), int(table.length[branch.slot]) + 9):
+                if alone:
+                    copies.append(blocks.extend(branch.slot, end).tolist())
+                else:
+                    claim = blocks.claim(np.array([branch.slot]), np.array([end], dtype=np.int32))
+                    copies.append(blocks.take(claim).tolist())
+        requests, index = engine.scheduler.requests, request.index
+        engine.scheduler.check()
+        listed = [table.blocks(branch.slot).tolist() for branch in request.live]
+        taken.append((copies, listed, int(requests.held[index]), int(requests.peak[index])))
+    assert taken[0] == taken[1]
+    assert any(taken[0][0])  # the child's tail was shared
