@@ -39,6 +39,9 @@ _BY_ROWS = {"mlp.fc": "mlp.gate_proj", "mlp.gate": "mlp.up_proj"}
 _BY_COLUMNS = {"attention.dense": "self_attn.o_proj", "mlp.proj": "mlp.down_proj"}
 
 
+_MOST_RANKS = 4096
+
+
 @dataclass(frozen=True, slots=True)
 class TrtLlmCheckpoint:
     """What was found in the format's own words; no weight has been read."""
@@ -63,8 +66,7 @@ def read_trtllm(directory: Path) -> TrtLlmCheckpoint:
     path = directory / CONFIG_NAME
     config = read_json(path)
     _check_supported(config, path)
-    mapping = config.get("mapping") or {}
-    ranks = int(mapping.get("tp_size") or 1)
+    ranks = _count(_part(config, "mapping", path), "tp_size", path)
     files = [directory / f"rank{rank}.safetensors" for rank in range(ranks)]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
@@ -78,16 +80,16 @@ def _check_supported(config: Mapping[str, Any], path: Path) -> None:
     architecture = config.get("architecture")
     if architecture not in (ARCHITECTURE, MEDUSA_ARCHITECTURE, "LLaMAForCausalLM"):
         raise CheckpointError(f"{path}: architecture {architecture!r} is not supported; APAR reads {ARCHITECTURE}")
-    quantization = config.get("quantization") or {}
+    quantization = _part(config, "quantization", path)
     for key in ("quant_algo", "kv_cache_quant_algo"):
         if quantization.get(key) not in (None, "", "None", "NO_QUANT"):
             raise CheckpointError(
                 f"{path}: {key} {quantization[key]!r} is not supported; convert the float checkpoint without "
                 "quantisation, and quantise in APAR's build (--quantize) where its format has that"
             )
-    mapping = config.get("mapping") or {}
+    mapping = _part(config, "mapping", path)
     for key in ("pp_size", "cp_size", "moe_ep_size"):
-        if int(mapping.get(key) or 1) != 1:
+        if _count(mapping, key, path) != 1:
             raise CheckpointError(f"{path}: {key} {mapping[key]} is not supported; convert the checkpoint with 1")
     experts = (config.get("moe") or {}).get("num_experts") if isinstance(config.get("moe"), Mapping) else 0
     if experts:
@@ -98,6 +100,22 @@ def _check_supported(config: Mapping[str, Any], path: Path) -> None:
     size = config.get("head_size")
     if size is not None and config.get("rotary_embedding_dim") not in (None, size):
         raise CheckpointError(f"{path}: rotary_embedding_dim {config['rotary_embedding_dim']} is not head_size {size}")
+
+
+def _part(config: Mapping[str, Any], key: str, path: Path) -> Mapping[str, Any]:
+    """An object of the config; none where it is absent or null."""
+    value = config.get(key) or {}
+    if not isinstance(value, Mapping):
+        raise CheckpointError(f"{path}: {key} must be an object, not {value!r}")
+    return value
+
+
+def _count(mapping: Mapping[str, Any], key: str, path: Path) -> int:
+    """A number of ranks; 1 where it is absent, null or 0."""
+    value = mapping.get(key) or 1
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MOST_RANKS:
+        raise CheckpointError(f"{path}: {key} must be a number of ranks, not {value!r}")
+    return value
 
 
 def _as_hugging_face(config: Mapping[str, Any], first: Mapping[str, StoredTensor]) -> dict[str, Any]:

@@ -58,24 +58,29 @@ def resolve_engine(source: str | Path, progress: Progress | None = None) -> Path
         )
     name = checkpoint_name(checkpoint).replace("/", "-")
     target = cache_directory() / "engines" / f"{name}-{_fingerprint(checkpoint)}"
+    build_once(target, lambda: onnx_engine.build(checkpoint, target, overwrite=True, progress=progress))
+    return target
+
+
+def build_once(target: Path, build: Callable[[], object]) -> None:
+    """Make sure that the engine `target` of the cache is there: `build` it unless it is, or another process does.
+
+    Raises EngineError where there is no cache directory, and what `build` raises.
+    """
     if _is_whole(target):
-        return target
+        return
+    lock = target.with_name(f".{target.name}.lock")
     with ExitStack() as stack:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            lock, waiting = (
-                target.with_name(f".{target.name}.lock"),
-                f"{source} is being built by another process; waiting",
-            )
-            stack.enter_context(file_lock(lock, waiting))
+            stack.enter_context(file_lock(lock, f"{target.name} is being built by another process; waiting"))
         except OSError as error:
             raise EngineError(
                 f"the cache directory {target.parent} cannot be made or written to ({error.strerror}); name another "
                 "one in $APAR_CACHE, or build the engine with `apar build CHECKPOINT -o DIR`"
             ) from error
         if not _is_whole(target):
-            onnx_engine.build(checkpoint, target, overwrite=True, progress=progress)
-    return target
+            build()
 
 
 def _is_whole(engine: Path) -> bool:

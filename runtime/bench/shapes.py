@@ -21,10 +21,10 @@ import numpy as np
 from apar import export
 from apar.export import onnx_engine
 from apar.export.checkpoint import expected_tensors
-from apar.export.errors import AparError, EngineError
+from apar.export.errors import EngineError
 from apar.export.llama_config import read_config
-from apar.export.manifest import MANIFEST_NAME, Manifest
-from apar.runtime.engine_source import Progress, cache_directory, resolve_engine
+from apar.export.manifest import MANIFEST_NAME
+from apar.runtime.engine_source import Progress, build_once, cache_directory, resolve_engine
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -86,22 +86,18 @@ def shape_engine(
     name = f"{source}-{layers}-layers-{weights}" if layers else f"{source}-{weights}"
     home = cache_directory() / "shapes"
     target = home / f"{name}-seed{seed}-{_recipe()}"
-    if (target / MANIFEST_NAME).is_file():
+
+    def build() -> None:
+        for stale in home.glob(f"{name}-seed{seed}-*"):
+            shutil.rmtree(stale, ignore_errors=True)
+        room = home / f".{target.name}"
         try:
-            Manifest.load(target)
-            return target
-        except AparError:
-            pass  # damaged: built again below
-    for stale in home.glob(f"{name}-seed{seed}-*"):
-        shutil.rmtree(stale, ignore_errors=True)
-    home.mkdir(parents=True, exist_ok=True)
-    room = home / f".{target.name}"
-    checkpoint = room / name
-    try:
-        write_overlapping_checkpoint(checkpoint, shape_config(source, layers), seed)
-        onnx_engine.build(checkpoint, target, overwrite=True, progress=progress, **FORMATS[weights])
-    finally:
-        shutil.rmtree(room, ignore_errors=True)
+            write_overlapping_checkpoint(room / name, shape_config(source, layers), seed)
+            onnx_engine.build(room / name, target, overwrite=True, progress=progress, **FORMATS[weights])
+        finally:
+            shutil.rmtree(room, ignore_errors=True)
+
+    build_once(target, build)
     return target
 
 
