@@ -191,9 +191,14 @@ class Call {
 
   static void run_multiply(void* self, size_t task) {
     const Call& call = *static_cast<const Call*>(self);
-    const int64_t first = call.op_.tiles * static_cast<int64_t>(task) / call.tasks_;
-    const int64_t last = call.op_.tiles * (static_cast<int64_t>(task) + 1) / call.tasks_;
-    call.op_.kernels->multiply(call.call_, first, last);
+    const int64_t number = static_cast<int64_t>(task);
+    call.op_.kernels->multiply(call.call_, call.first_tile(number), call.first_tile(number + 1));
+  }
+
+  // Where a task begins: where tiles can be taken kTaskTiles at a time.
+  int64_t first_tile(int64_t task) const {
+    const int64_t together = op_.tiles >= tasks_ * kTaskTiles ? kTaskTiles : 1;
+    return task == tasks_ ? op_.tiles : op_.tiles / together * task / tasks_ * together;
   }
 
   const AparLinear& op_;
