@@ -37,7 +37,7 @@ from apar.export.tensorrt_profiles import DECODE, MIXED, head_ranges, ranges
 from apar.export.tokenizer_files import read_tokenizer
 from apar.export.trtllm_config import CONFIG_NAME, engine_config
 from apar.export.typed_graph import KV_BINDINGS
-from apar.plugins.cuda_driver import CudaDevice
+from apar.plugins.cuda_driver import CudaDevice, driver_version
 from apar.plugins.gpu.sizes import BLOCK_SIZES, HEAD_DIMS
 
 logger = logging.getLogger(__name__)
@@ -271,6 +271,7 @@ def _max_blocks(memory: int, options: TensorRtOptions, block_bytes: int, manifes
 def _pack_kernels(manifest: Manifest, facts: TensorRtEngine, path: Path) -> None:
     """Compile the GPU kernels that this engine launches. Raises BuildError where the compiler is missing."""
     try:
+        from apar.plugins.gpu.assembler import fit_driver, obstacle
         from apar.plugins.gpu.builds import Choice
         from apar.plugins.gpu.compiler import compile_build
         from apar.plugins.gpu.pack import Entry, write_table
@@ -281,6 +282,10 @@ def _pack_kernels(manifest: Manifest, facts: TensorRtEngine, path: Path) -> None
     major, minor = (int(part) for part in facts.compute_capability.split("."))
     sm = 80 if major == 8 else 10 * major + minor
     choice = Choice([manifest.dtype], [manifest.decoder.head_dim], [manifest.block_size], checked=True)
+    fit_driver()
+    problem = obstacle(driver_version(), sm)
+    if problem:
+        raise BuildError(f"the GPU kernels cannot be compiled for this machine: {problem}")
     try:
         entries = [Entry.of(compile_build(build, sm)) for build in choice.builds()]
     except AparError:

@@ -169,7 +169,15 @@ def _kernels(machine: _Machine) -> str:
         raise _Missing("not installed; building TensorRT engines needs it: pip install triton")
     if _numbers(version) < (3, 6):
         raise _Missing(f"triton {version} is older than the 3.6 that the GPU kernels need: pip install -U triton")
-    return f"triton {version}, compiles the GPU kernels when an engine is built"
+    text = f"triton {version}"
+    if machine.cuda and machine.capability:
+        from apar.plugins.gpu.assembler import fit_driver, obstacle
+
+        fit_driver()
+        problem = obstacle(".".join(map(str, machine.cuda)), int(machine.capability.replace(".", "")))
+        if problem:
+            raise _Missing(f"{text}: {problem}")
+    return f"{text}, compiles the GPU kernels when an engine is built"
 
 
 def _tensorrt_llm(machine: _Machine) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from apar.export.errors import PluginError
@@ -95,13 +96,19 @@ def _settings() -> Iterator[None]:
 
 def _resources(ptx: str, sm: int) -> tuple[int, int, int]:
     """Registers a thread, bytes of spills and of the stack frame, as ptxas says them."""
-    tool = knobs.nvidia.ptxas_blackwell if sm >= 90 and hasattr(knobs.nvidia, "ptxas_blackwell") else knobs.nvidia.ptxas
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx, encoding="utf-8")
         suffix = "a" if sm >= 90 else ""
         done = subprocess.run(
-            [tool.path, "-v", f"--gpu-name=sm_{sm}{suffix}", str(source), "-o", str(Path(folder) / "kernel.cubin")],
+            [
+                get_ptxas(sm).path,
+                "-v",
+                f"--gpu-name=sm_{sm}{suffix}",
+                str(source),
+                "-o",
+                str(Path(folder) / "kernel.cubin"),
+            ],
             capture_output=True,
             text=True,
             check=False,

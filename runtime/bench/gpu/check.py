@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from apar.plugins.gpu.assembler import fit_driver
 from apar.plugins.gpu.kernels.dot import INTERPRETED
 from apar.runtime.bench.gpu import answers, attention, correctness, decoding
 from apar.runtime.bench.gpu.machine import Machine
@@ -32,6 +33,8 @@ def check(output: Path, only: str, deadline: float, *, dry: bool, script: Path, 
     if not dry and not torch.cuda.is_available():
         print("error: PyTorch finds no CUDA device; --dry-run tries the script on a CPU", file=sys.stderr)
         return 2
+    if not dry:
+        fit_driver()
     machine = Machine(torch.device("cpu" if dry else "cuda"), dry)
     report = Report(machine.describe(), deadline, output)
     if resume:

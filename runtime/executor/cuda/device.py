@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 
 from apar.export.errors import ExecutorError
+from apar.plugins.gpu.assembler import fit_driver
 from apar.plugins.gpu.kernels.dot import INTERPRETED
 from apar.runtime.executor.choice import OLDEST
 
 
 def usable_device(name: str) -> torch.device:
-    """The device, if the kernels run on it. Raises ExecutorError with what to do."""
+    """The device, if the kernels run on it, and an assembler that suits its driver. Raises ExecutorError with what to
+    do."""
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -27,6 +29,7 @@ def usable_device(name: str) -> torch.device:
             raise ExecutorError(
                 f"{torch.cuda.get_device_name(device)} is too old: the kernels need compute capability 8.0 or newer"
             )
+        fit_driver()
         return device if ":" in name else torch.device("cuda", torch.cuda.current_device())
     if not INTERPRETED.value:
         raise ExecutorError(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from triton.backends.nvidia import compiler
 
 from apar.export.errors import PluginError
-from apar.plugins.gpu import pack
+from apar.plugins.gpu import assembler, pack
 from apar.plugins.gpu.builds import ARGUMENTS, KINDS, SMS, Choice
 from apar.plugins.gpu.compiler import compile_build
 from apar.plugins.gpu.sizes import StepSizes
@@ -174,3 +176,42 @@ def test_the_command_compiles_side_by_side(tmp_path: Path, capfd: pytest.Capture
 def test_unknown_choices_are_refused() -> None:
     with pytest.raises(PluginError, match="head_dim 72"):
         Choice(head_dims=[72])
+
+
+@pytest.fixture
+def no_choice(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Triton as it is in a new process where nobody has named an assembler."""
+    monkeypatch.setenv(assembler.VARIABLE, "")
+    monkeypatch.delenv(assembler.VARIABLE)
+    for remembered in (compiler.get_ptxas_version, compiler.get_features):
+        remembered.cache_clear()
+    yield
+    for remembered in (compiler.get_ptxas_version, compiler.get_features):
+        remembered.cache_clear()
+
+
+@pytest.mark.parametrize("driver", ["12.2", "13.0"])
+@pytest.mark.usefixtures("no_choice")
+def test_drivers_get_code_that_they_can_load(driver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Machine code of CUDA 13's assembler is of an ELF ABI that drivers of CUDA 12 do not know."""
+    monkeypatch.setattr("apar.plugins.cuda_driver.driver_version", lambda: driver)
+    assembler.fit_driver()
+    assert assembler.obstacle(driver, 90) is None
+    merge = next(build for build in Choice(["bfloat16"], [64], [16]).builds() if build.kind == "merge")
+    abi = compile_build(merge, 90).cubin[8]
+    assert abi <= 7 if driver == "12.2" else abi >= 7
+
+
+@pytest.mark.usefixtures("no_choice")
+def test_what_no_assembler_fits_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("apar.plugins.cuda_driver.driver_version", lambda: "11.8")
+    assembler.fit_driver()
+    assert assembler.VARIABLE not in os.environ
+    assert "a driver of CUDA 11.8 does not load; update" in (assembler.obstacle("11.8", 80) or "")
+
+
+def test_an_assembler_that_the_user_named_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(assembler.VARIABLE, "/somewhere/ptxas")
+    monkeypatch.setattr("apar.plugins.cuda_driver.driver_version", lambda: "12.2")
+    assembler.fit_driver()
+    assert os.environ[assembler.VARIABLE] == "/somewhere/ptxas"
