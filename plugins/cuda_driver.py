@@ -6,6 +6,7 @@ Functions of the driver API are called by their versioned names, which have not 
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ import numpy.typing as npt
 
 from apar.export.errors import PluginError
 
+logger = logging.getLogger(__name__)
+
 LIBRARY_VARIABLE = "APAR_CUDA_DRIVER"
 """Environment variable that names the driver's library where it is not libcuda.so.1."""
 _MAJOR, _MINOR = 75, 76
@@ -25,7 +28,11 @@ _NON_BLOCKING = 1
 
 
 class CudaDevice:
-    """One GPU and its primary context. `close` releases it; memory must have been freed before."""
+    """One GPU and its primary context. `close` releases it; memory must have been freed before.
+
+    What gives something back never raises: after an illegal access a context refuses that too, and whoever tidies up
+    then has told of a better error already.
+    """
 
     def __init__(self, ordinal: int = 0) -> None:
         """Raises PluginError where there is no driver or no such GPU."""
@@ -72,8 +79,8 @@ class CudaDevice:
         """Release the primary context. Idempotent."""
         if self._context.value is not None:
             self._context = c_void_p()
-            self._call("cuCtxSetCurrent", c_void_p())  # the thread must not keep a context that may end now
-            self._call("cuDevicePrimaryCtxRelease_v2", self._device)
+            self._give_back("cuCtxSetCurrent", c_void_p())  # the thread must not keep a context that may end now
+            self._give_back("cuDevicePrimaryCtxRelease_v2", self._device)
 
     def allocate(self, size: int) -> int:
         """Address of `size` bytes of device memory."""
@@ -83,7 +90,7 @@ class CudaDevice:
 
     def free(self, address: int) -> None:
         """Give device memory back."""
-        self._call("cuMemFree_v2", c_ulonglong(address))
+        self._give_back("cuMemFree_v2", c_ulonglong(address))
 
     def allocate_host(self, size: int) -> npt.NDArray[np.uint8]:
         """`size` bytes of pinned host memory; give them back with `free_host`."""
@@ -94,7 +101,7 @@ class CudaDevice:
 
     def free_host(self, array: npt.NDArray[np.uint8]) -> None:
         """Give pinned memory back; `array` must not be used after this."""
-        self._call("cuMemFreeHost", c_void_p(array.ctypes.data))
+        self._give_back("cuMemFreeHost", c_void_p(array.ctypes.data))
 
     def to_device(self, target: int, source: npt.NDArray[Any], stream: int) -> None:
         """Copy a contiguous array on the stream; it must stay until the stream has done so."""
@@ -118,7 +125,7 @@ class CudaDevice:
 
     def destroy_stream(self, stream: int) -> None:
         """Free a stream."""
-        self._call("cuStreamDestroy_v2", c_void_p(stream))
+        self._give_back("cuStreamDestroy_v2", c_void_p(stream))
 
     def synchronize(self, stream: int) -> None:
         """Wait until everything on the stream is done."""
@@ -150,7 +157,7 @@ class CudaDevice:
 
     def destroy_graph(self, executable: int) -> None:
         """Free a captured graph."""
-        self._call("cuGraphExecDestroy", c_void_p(executable))
+        self._give_back("cuGraphExecDestroy", c_void_p(executable))
 
     def _attribute(self, number: int) -> int:
         value = c_int()
@@ -159,6 +166,12 @@ class CudaDevice:
 
     def _call(self, function: str, *arguments: Any) -> None:
         check(self._lib, function, getattr(self._lib, function)(*arguments))
+
+    def _give_back(self, function: str, *arguments: Any) -> None:
+        try:
+            self._call(function, *arguments)
+        except PluginError as error:
+            logger.debug("%s", error)
 
 
 def load_driver() -> ctypes.CDLL:

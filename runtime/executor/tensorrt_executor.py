@@ -7,7 +7,9 @@ Decoding steps are padded to buckets; a shape that comes again is captured as a 
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import re
 from pathlib import Path
 
 import numpy as np
@@ -48,14 +50,14 @@ class TensorRtExecutor(Executor):
         kv_memory_bytes: int | None = None,
         kv_fraction: float | None = None,
         cuda_graphs: bool = True,
-        device: int = 0,
+        device: int | str = 0,
     ) -> None:
         """Load an engine directory.
 
         num_blocks, kv_memory_bytes: size of the KV pools; by default `kv_fraction` of the memory that is free after
             the engine is loaded (by default what the engine was built for), less what its Medusa heads will need.
         cuda_graphs: replay decoding steps of a shape that came before as CUDA graphs.
-        device: number of the GPU.
+        device: number of the GPU, or "cuda" (the first) or "cuda:N".
         Raises EngineError for a damaged engine, PluginError where TensorRT, its plugins or the driver are missing,
         ExecutorError for an engine of another TensorRT, GPU or kind, and where TensorRT does not write in place.
         """
@@ -69,12 +71,12 @@ class TensorRtExecutor(Executor):
                 f"{engine} was built with TensorRT {facts.version}, but {release(trt)} is installed: "
                 f"build the engine again here, or: pip install 'tensorrt=={facts.version}.*'"
             )
-        self._device = CudaDevice(device)
+        self._device = CudaDevice(_ordinal(device))
         found = self._device.compute_capability
         if found != facts.compute_capability:
             raise ExecutorError(
                 f"{engine} was built on {facts.device} (compute capability {facts.compute_capability}), but GPU "
-                f"{device} is {self._device.name} ({found}): build the engine again on this GPU"
+                f"{self._device.ordinal} is {self._device.name} ({found}): build the engine again on this GPU"
             )
         if self._device.name != facts.device:
             logger.warning(
@@ -188,9 +190,10 @@ class TensorRtExecutor(Executor):
         if self._closed:
             return
         self._closed = True
-        self._device.activate()
-        if self._stream:
-            self._device.synchronize(self._stream)
+        with contextlib.suppress(PluginError):  # a GPU that failed is beyond waiting for
+            self._device.activate()
+            if self._stream:
+                self._device.synchronize(self._stream)
         if self._graphs:
             self._graphs.close()
         self._graphs = None
@@ -310,6 +313,16 @@ class TensorRtExecutor(Executor):
         array = self._device.allocate_host(size)
         self._host[array.ctypes.data] = array
         return array
+
+
+def _ordinal(device: int | str) -> int:
+    """A GPU's number. Raises ExecutorError for a device that is none."""
+    if device in ("auto", "cuda"):
+        return 0
+    found = re.fullmatch(r"(?:cuda:)?(\d+)", str(device))
+    if found is None:
+        raise ExecutorError(f"a TensorRT engine runs on cuda or cuda:N, not on {device!r}")
+    return int(found[1])
 
 
 def _facts(engine: Path, manifest: Manifest) -> TensorRtEngine:

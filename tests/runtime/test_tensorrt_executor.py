@@ -24,7 +24,7 @@ from step_builder import Books, Row, random_steps
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from apar.export.errors import BuildError, EngineError, ExecutorError
+from apar.export.errors import AparError, BuildError, EngineError, ExecutorError
 from apar.export.manifest import DraftHeads, Manifest, TensorRtEngine
 from apar.export.tensorrt_api import release
 from apar.export.tensorrt_compile import BuildLog
@@ -428,6 +428,41 @@ def test_a_failed_step_does_not_end_the_executor(
     executor.close()
     with pytest.raises(ExecutorError, match="closed"):
         executor.execute(step.inputs)
+
+
+@pytest.fixture
+def breaking(double: tensorrt_double.Double) -> Iterator[tensorrt_double.Double]:
+    yield double
+    double.cuda.fake_cuda_break(0)
+
+
+def test_a_gpu_that_failed_can_be_closed(engine: Path, breaking: tensorrt_double.Double) -> None:
+    """After an illegal access a CUDA context refuses everything, freeing too."""
+    executor = load_executor(engine, "tensorrt", num_blocks=BLOCKS)
+    step = Books(BLOCKS, SIZE)
+    breaking.cuda.fake_cuda_break(700)
+    with pytest.raises(ExecutorError, match="the step failed on the GPU: cuStreamSynchronize failed: CUDA_ERROR_FAKE"):
+        executor.execute(step.step([Row(step.add([5, 6]), 2)]).inputs)
+    executor.close()
+    # And where it failed while an engine is loaded, that is what is said.
+    with pytest.raises(ExecutorError, match=r"cannot be loaded on Fake GPU: .*CUDA_ERROR_FAKE"):
+        load_executor(engine, "tensorrt", num_blocks=BLOCKS)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", "auto", 0])
+def test_devices_have_the_names_of_other_executors(
+    device: str | int, engine: Path, double: tensorrt_double.Double
+) -> None:
+    load_executor(engine, device=device, num_blocks=BLOCKS).close()
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [("cpu", "runs on cuda or cuda:N, not on 'cpu'"), ("", "not on ''"), ("cuda:7", "there is no GPU 7")],
+)
+def test_other_devices_are_refused(device: str, message: str, engine: Path, double: tensorrt_double.Double) -> None:
+    with pytest.raises(AparError, match=message):
+        load_executor(engine, device=device, num_blocks=BLOCKS)
 
 
 # ------------------------------------------------------------------ Medusa heads

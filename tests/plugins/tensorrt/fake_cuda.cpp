@@ -37,6 +37,7 @@ int context = 0;  // counts those that were destroyed
 int64_t allocations = 0, synchronisations = 0, copies = 0, loads = 0;
 Graph* captured = nullptr;
 int graphs_launched = 0;
+int broken = 0;  // what waiting and giving back answer, once it is not 0
 
 }  // namespace
 
@@ -74,9 +75,9 @@ int cuMemAlloc_v2(uint64_t* address, size_t size) {
   *address = reinterpret_cast<uint64_t>(memory);
   return 0;
 }
-int cuMemFree_v2(uint64_t address) { --allocations; std::free(reinterpret_cast<void*>(address)); return 0; }
+int cuMemFree_v2(uint64_t address) { --allocations; std::free(reinterpret_cast<void*>(address)); return broken; }
 int cuMemHostAlloc(void** address, size_t size, unsigned) { ++allocations; *address = std::calloc(size, 1); return *address == nullptr ? 2 : 0; }
-int cuMemFreeHost(void* address) { --allocations; std::free(address); return 0; }
+int cuMemFreeHost(void* address) { --allocations; std::free(address); return broken; }
 int cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t size, void*) { std::memcpy(reinterpret_cast<void*>(to), from, size); return 0; }
 int cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t size, void*) { std::memcpy(to, reinterpret_cast<void*>(from), size); return 0; }
 int cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t size, void*) {
@@ -86,8 +87,8 @@ int cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t size, void*) {
 }
 int cuMemsetD8Async(uint64_t to, unsigned char value, size_t size, void*) { std::memset(reinterpret_cast<void*>(to), value, size); return 0; }
 int cuStreamCreate(void** stream, unsigned) { *stream = &captured; return 0; }
-int cuStreamDestroy_v2(void*) { return 0; }
-int cuStreamSynchronize(void*) { ++synchronisations; return 0; }
+int cuStreamDestroy_v2(void*) { return broken; }
+int cuStreamSynchronize(void*) { ++synchronisations; return broken; }
 
 int cuStreamBeginCapture_v2(void*, unsigned) { captured = new Graph; return 0; }
 int cuStreamEndCapture(void*, void** graph) { *graph = captured; captured = nullptr; return 0; }
@@ -123,6 +124,7 @@ int cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned z, unsigned 
   return 0;
 }
 
+void fake_cuda_break(int status) { broken = status; }
 int fake_cuda_capturing(void) { return captured != nullptr; }
 void fake_cuda_capture(void (*call)(void*), void* data) { captured->calls.emplace_back(call, data); }
 int fake_cuda_graphs_launched(void) { return graphs_launched; }
