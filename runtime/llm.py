@@ -41,7 +41,7 @@ class LLM:
     Args:
         engine: an engine directory, a Hugging Face checkpoint directory (built once into the cache
             directory), or `tiny`, the model that ships with the package.
-        executor: `auto`, `onnx` or `torch`.
+        executor: `auto`, `onnx`, `torch`, `tensorrt`, or `package.module:Class`.
         limits: sizes of the scheduler.
         draft: speculative decoding: `none` (default), `medusa`, `ngram`, or DraftOptions (docs/speculation.md).
         options: of the executor, such as `num_blocks`, `kv_memory_bytes`, `threads`, `graph`.

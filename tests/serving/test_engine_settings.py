@@ -66,7 +66,7 @@ def test_values() -> None:
         ({"num_blocks": "many"}, "num_blocks is 'many'; write a whole number, or nothing for the default"),
         ({"num_blocks": "-4"}, "num_blocks is '-4'"),
         ({"num_blocks": "64", "kv_memory_mb": "5"}, "both size the KV pool; write one of them"),
-        ({"max_rows": "0"}, "max_rows must be a whole number of at least 1"),
+        ({"max_rows": "0"}, "max_rows must be a whole number from 1 to 65536, not 0"),
         ({"max_rows": "8", "max_step_tokens": "9"}, "must be at least twice max_rows"),
         ({"max_requests": "0"}, "max_requests is 0, so every request would be refused"),
         ({"prefix_caching": "yes"}, "prefix_caching is 'yes'; write true or false"),
