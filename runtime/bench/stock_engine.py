@@ -15,25 +15,28 @@ from apar.export.decoder import build_decoder
 from apar.export.linear import PortableLinear
 from apar.export.manifest import GRAPH_NAME, MANIFEST_NAME, WEIGHTS_NAME, Manifest
 from apar.export.weights_file import PackedWeight, PlainWeight, StoredWeight
+from apar.runtime.engine_source import build_once
 
 
 def stock_engine(engine: Path) -> Path:
     """The twin's directory, beside `engine`; its weights are those of `engine`, not a copy. Made once.
 
-    Raises EngineError if `engine` is no engine.
+    Raises EngineError if `engine` is no engine, or its place cannot be written to.
     """
     target = engine.with_name(f"{engine.name}-stock")
-    if (target / MANIFEST_NAME).is_file():
-        return target
     manifest = Manifest.load(engine)
-    weights = _stored_weights(onnx.load(engine / GRAPH_NAME, load_external_data=False).graph)
-    attention = ForkAttention(manifest.block_size, manifest.kv_dtype)
-    shutil.rmtree(target, ignore_errors=True)
-    target.mkdir()
-    onnx.save(build_decoder(manifest.decoder, weights, attention, PortableLinear()), target / GRAPH_NAME)
-    os.link(engine / WEIGHTS_NAME, target / WEIGHTS_NAME)
-    files = {name: (target / name).stat().st_size for name in (GRAPH_NAME, WEIGHTS_NAME)}
-    dataclasses.replace(manifest, files=files, draft_heads=None).save(target)
+
+    def build() -> None:
+        weights = _stored_weights(onnx.load(engine / GRAPH_NAME, load_external_data=False).graph)
+        attention = ForkAttention(manifest.block_size, manifest.kv_dtype)
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir()
+        onnx.save(build_decoder(manifest.decoder, weights, attention, PortableLinear()), target / GRAPH_NAME)
+        os.link(engine / WEIGHTS_NAME, target / WEIGHTS_NAME)
+        known = {name: digest for name, digest in manifest.sha256.items() if name == WEIGHTS_NAME}
+        dataclasses.replace(manifest, draft_heads=None).with_files(target, known).save(target)
+
+    build_once(target, build)
     return target
 
 
