@@ -13,7 +13,7 @@ import onnx
 from apar.export.attention import ForkAttention
 from apar.export.decoder import build_decoder
 from apar.export.linear import PortableLinear
-from apar.export.manifest import GRAPH_NAME, MANIFEST_NAME, WEIGHTS_NAME, Manifest
+from apar.export.manifest import GRAPH_NAME, WEIGHTS_NAME, Manifest
 from apar.export.weights_file import PackedWeight, PlainWeight, StoredWeight
 from apar.runtime.engine_source import build_once
 
