@@ -35,6 +35,8 @@ CROWDED = 1.2
 """Of the affordable rows, how many may live, late requests included."""
 UNKNOWN_PATH = 256.0
 """Tokens that a row reads, where there is none to tell."""
+STANDS = 8
+"""Steps for which a judgement stands while nobody waits, nobody is late and a step has room for all rows."""
 
 
 @dataclass(slots=True)
@@ -86,6 +88,10 @@ class Adaptive(FirstCome):
         self._sizes = np.arange(1, limits.max_rows + 1)
         self._running = _Load()
         self._last_kv: tuple[IntArray, Float64Array] | None = None
+        self._age = 0
+        """Steps since requests were judged."""
+        self._fitting: IntArray | None = None
+        """The rows of all running branches, if a step has room for them by what it may take."""
         self._late_credit = 0.0
         self._turn = 0
         self._last_turn = np.zeros(limits.max_live_branches, dtype=np.int64)
@@ -99,10 +105,21 @@ class Adaptive(FirstCome):
             return
         self._last_kv = None
         rows = self.queues.rows()
-        self.pacing.begin_step(float(self.table.length[rows].mean()) if rows.size else UNKNOWN_PATH)
+        paths = int(self.table.length[rows].sum())
+        self.pacing.begin_step(paths / rows.size if rows.size else UNKNOWN_PATH)
+        self._age += 1
+        # What siblings share counts for each here: if even that fits, so does what a step really reads.
+        fits = self.cost.one(rows.size, paths) <= self.budget
+        self._fitting = rows if fits else None
+        owners = self.queues.groups_of(rows).owners
+        if fits and self._age < STANDS and not self.queues.waiting and not self.requests.late[owners].any():
+            return
+        self._age = 0
         self._judge_waiting(now)
-        self._judge_admitted(now, self.queues.groups_of(rows).owners)
+        self._judge_admitted(now, owners)
         self._set_budget()
+        if fits and self.cost.one(rows.size, paths) > self.budget:
+            self._fitting = None
 
     def _judge_waiting(self, now: float) -> None:
         """Requests that waited longer than could be made good are late."""
@@ -200,7 +217,7 @@ class Adaptive(FirstCome):
         if first.late:
             return first if living < rows else None
         tokens = self.budget * (load.tokens + self.pacing.need_of(first))
-        seconds = float(self.cost.seconds(tokens, tokens * load.kv_per_token))
+        seconds = self.cost.one(tokens, tokens * load.kv_per_token)
         return first if seconds <= FULL * self.budget and tokens <= FULL * self.limits.max_rows else None
 
     def take_turns(self, rows: IntArray, groups: RowGroups, seats: int) -> BoolArray | None:
@@ -209,14 +226,21 @@ class Adaptive(FirstCome):
         """
         if not self.cost.ready:
             return super().take_turns(rows, groups, seats)
+        if rows.size <= seats and self._fitting is not None and self._fitting is self.queues.rows():
+            return None
         owners, kv = groups.owners, self._kv(rows, groups)
-        if rows.size <= seats and float(self.cost.seconds(rows.size, kv.sum())) <= self.budget:
+        if rows.size <= seats and self.cost.one(rows.size, float(kv.sum())) <= self.budget:
             return None
         late = self.requests.late[owners]
         urgency = np.where(late, self._last_turn[owners], self.pacing.allowed[owners])
         order = np.lexsort((urgency, late, self.requests.priority[owners]))
-        order = np.concatenate((self._late_turns(order[late[order]], groups.sizes, seats), order))
-        order = order[np.sort(np.unique(order, return_index=True)[1])]
+        if late.any():
+            turns = self._late_turns(order[late[order]], groups.sizes, seats)
+            later = np.ones(order.size, dtype=bool)
+            later[turns] = False
+            order = np.concatenate((turns, order[later[order]]))
+        else:
+            self._late_credit = 0.0
         size = np.cumsum(groups.sizes[order])
         fits = (size <= seats) & (self.cost.seconds(size, np.cumsum(kv[order])) <= self.budget)
         taken = max(1, int(np.argmin(fits)) if not fits.all() else fits.size)
@@ -226,9 +250,6 @@ class Adaptive(FirstCome):
 
     def _late_turns(self, late: IntArray, sizes: IntArray, seats: int) -> IntArray:
         """The late requests, of those in `late` by their turn, whom the share suffices for; saves up for large ones."""
-        if not late.size:
-            self._late_credit = 0.0
-            return late
         self._late_credit = min(self._late_credit + LATE_SHARE * seats, float(self.limits.max_rows))
         turns = late[: int((np.cumsum(sizes[late]) <= self._late_credit).sum())]
         self._late_credit -= float(sizes[turns].sum())
@@ -253,7 +274,7 @@ class Adaptive(FirstCome):
         """See FirstCome.deny_forks."""
         slots = self.limits.max_live_branches
         room = max(0, self.table.num_free - slots // NEWCOMERS)
-        if int(np.count_nonzero(candidates)) <= room:
+        if candidates.size <= room or int(np.count_nonzero(candidates)) <= room:
             return None
         denied: BoolArray = candidates & (np.cumsum(candidates) > room)
         return denied, "rows"

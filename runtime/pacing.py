@@ -64,7 +64,7 @@ class Pacing:
         if took:
             self._said += (said - self._said) / MEMORY
             self._took += (took - self._took) / MEMORY
-        self.plain = self._factor * float(self.cost.seconds(1, mean_path))
+        self.plain = self._factor * self.cost.one(1, mean_path)
 
     @property
     def shortest(self) -> float:

@@ -22,6 +22,10 @@ class StepCost(ABC):
     def seconds(self, tokens: npt.ArrayLike, kv: npt.ArrayLike) -> Float64Array:
         """Duration of steps that compute `tokens` tokens and read the K/V of `kv` tokens, elementwise."""
 
+    def one(self, tokens: float, kv: float) -> float:
+        """Duration of one step, as a plain number: what most decisions ask for."""
+        return float(self.seconds(tokens, kv))
+
     def observe(self, tokens: int, kv: int, seconds: float) -> None:  # noqa: B027
         """Learn from a step that ran."""
 
@@ -60,11 +64,15 @@ class FittedStepCost(StepCost):
         predicted: Float64Array = base + per_token * np.asarray(tokens, float) + per_kv * np.asarray(kv, float)
         return predicted
 
+    def one(self, tokens: float, kv: float) -> float:
+        """See StepCost.one."""
+        base, per_token, per_kv = self._expects
+        return base + per_token * tokens + per_kv * kv
+
     def observe(self, tokens: int, kv: int, seconds: float) -> None:
         """See StepCost.observe."""
         if self.ready:
-            base, per_token, per_kv = self._expects
-            seconds = min(seconds, 3.0 * (base + per_token * tokens + per_kv * kv))
+            seconds = min(seconds, 3.0 * self.one(tokens, kv))
         self._recent.append((1.0, tokens, kv, seconds))
         if len(self._recent) == self.REFIT:
             self._fold()
@@ -101,5 +109,6 @@ class FittedStepCost(StepCost):
 
 def kv_read(inputs: StepInputs, block_size: int) -> int:
     """Tokens whose K/V a step reads: every row its path, blocks that a group of siblings shares once."""
-    rows_after_first = np.diff(inputs.prefix_rows) - 1
-    return int(inputs.kv_len.sum(dtype=np.int64)) - block_size * int(inputs.prefix_blocks @ rows_after_first)
+    bounds = inputs.prefix_rows
+    again = bounds[1:] - bounds[:-1] - 1
+    return int(inputs.kv_len.sum(dtype=np.int64)) - block_size * int(inputs.prefix_blocks @ again)
