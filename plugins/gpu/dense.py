@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from apar.export.errors import ExecutorError
 from apar.plugins.gpu.kernels import dense
+from apar.plugins.gpu.launch import WIDE_LINEAR_STAGES
 
 WEIGHT_FORMATS = ("16bit", "int8", "fp8")
 _BLOCK = 1024
@@ -112,6 +113,7 @@ class Matrix:
         tile_m = min(128, max(16, triton.next_power_of_2(rows)))
         # Few rows: narrow tiles, so that many programs stream the weights. Many: wide ones, which reuse them.
         tile_n, tile_k = (32, 128) if rows <= 64 else (128, 64)
+        stages = 4 if rows <= 64 else 3
         dense.linear8[(triton.cdiv(outputs, tile_n), triton.cdiv(rows, tile_m))](
             x,
             self.weight,
@@ -127,7 +129,7 @@ class Matrix:
             TILE_N=tile_n,
             TILE_K=tile_k,
             num_warps=4 if rows <= 64 else 8,
-            num_stages=4 if rows <= 64 else 3,
+            num_stages=WIDE_LINEAR_STAGES if x.dtype == torch.float32 else stages,
         )
         return out
 

@@ -11,7 +11,14 @@ from torch import Tensor
 from apar.export.errors import ExecutorError
 from apar.plugins.gpu.kernels import attend, write
 from apar.plugins.gpu.kernels import plan as device_plan
-from apar.plugins.gpu.launch import ATTEND_STAGES, ATTEND_WARPS, DENSE_WARPS, PLAN_WARPS, PLAN_WIDTH
+from apar.plugins.gpu.launch import (
+    ATTEND_STAGES,
+    ATTEND_WARPS,
+    DENSE_WARPS,
+    PLAN_WARPS,
+    PLAN_WIDTH,
+    WIDE_ATTEND_STAGES,
+)
 from apar.plugins.gpu.sizes import BLOCK_SIZES, HEAD_DIMS, HEADS_PER_PROGRAM, KEY_TILE, StepSizes
 
 ERRORS = {
@@ -197,7 +204,7 @@ class ForkAttention:
             KEY_TILE=KEY_TILE,
             CHECKED=self.checked,
             num_warps=ATTEND_WARPS[sizes.tile],
-            num_stages=ATTEND_STAGES,
+            num_stages=WIDE_ATTEND_STAGES if qkv.dtype == torch.float32 else ATTEND_STAGES,
         )
         # Also where nothing can be split: padding tokens get their zeros here.
         attend.merge[(sizes.tokens, triton.cdiv(heads, HEADS_PER_PROGRAM))](

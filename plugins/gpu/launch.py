@@ -10,3 +10,6 @@ DENSE_WARPS = 4
 ATTEND_WARPS = {SMALL_TILE: 4, LARGE_TILE: 8}
 ATTEND_STAGES = 3
 """Block ids are loaded a stage ahead of keys and values, these a stage ahead of the tensor cores."""
+WIDE_ATTEND_STAGES = 1
+WIDE_LINEAR_STAGES = 2
+"""In float32: more would take more shared memory than the 99 KiB of compute capability 8.6, 8.9 and 12."""

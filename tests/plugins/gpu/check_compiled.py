@@ -5,16 +5,24 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler
+from triton.compiler import ASTSource
 
 from apar.export.errors import PluginError
 from apar.plugins.gpu import assembler, pack
 from apar.plugins.gpu.builds import ARGUMENTS, KINDS, SMS, Choice
 from apar.plugins.gpu.compiler import compile_build
+from apar.plugins.gpu.dense import Matrix
+from apar.plugins.gpu.fork_attention import ForkAttention, StepTensors
+from apar.plugins.gpu.kernels import attend, dense, write
 from apar.plugins.gpu.sizes import StepSizes
 
 HEADER = Path(__file__).resolve().parents[3] / "plugins" / "gpu" / "launch_table.h"
@@ -215,3 +223,72 @@ def test_an_assembler_that_the_user_named_stays(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("apar.plugins.cuda_driver.driver_version", lambda: "12.2")
     assembler.fit_driver()
     assert os.environ[assembler.VARIABLE] == "/somewhere/ptxas"
+
+
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int32: "i32", torch.int8: "i8"}
+
+
+class Compiling:
+    """Stands in for a kernel: what would be launched is compiled for compute capability 8.0 instead."""
+
+    def __init__(self, kernel: Any) -> None:
+        self._kernel = kernel
+        self.shared = 0
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return self._launch
+
+    def _launch(self, *arguments: Any, **named: Any) -> None:
+        options = {name: named.pop(name) for name in ("num_warps", "num_stages") if name in named}
+        signature = {name: self._type(value) for name, value in zip(self._kernel.arg_names, arguments, strict=False)}
+        names = self._kernel.arg_names
+        constants = {(names.index(name),): value for name, value in named.items()}
+        aligned = {
+            (i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature.get(name, "").startswith("*")
+        }
+        source = ASTSource(self._kernel, {name: signature.get(name, "constexpr") for name in names}, constants, aligned)
+        made = triton.compile(source, target=GPUTarget("cuda", 80, 32), options=options)
+        self.shared = max(self.shared, made.metadata.shared)
+
+    def _type(self, value: Any) -> str:
+        if isinstance(value, torch.Tensor):
+            return f"*{TYPES[value.dtype]}"
+        return "fp32" if isinstance(value, float) else "i32"
+
+
+SHARED = 99 << 10
+"""Bytes of shared memory that a block may have on compute capability 8.6, 8.9 and 12, the least of all."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 64], ids=["small tile", "large tile"])
+def test_attention_fits_consumer_gpus(dtype: torch.dtype, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = Compiling(attend.attend)
+    monkeypatch.setattr(attend, "attend", kernel)
+    for name in ("rope_write", "merge"):
+        module = attend if name == "merge" else write
+        monkeypatch.setattr(module, name, Compiling(getattr(module, name)))
+    operator = ForkAttention(num_heads=2, num_kv_heads=2, head_dim=128, block_size=16, inv_freq=torch.ones(64))
+    sizes = operator.sizes(tokens, 1, 0)
+    index = {name: torch.zeros(1, dtype=torch.int32) for name in StepTensors.__slots__}
+    index |= {name: torch.zeros(1, 1, dtype=torch.int32) for name in ("block_table", "tree_mask")}
+    operator.layer(
+        torch.zeros(tokens, 6 * 128, dtype=dtype),
+        torch.zeros(2, 1, 2, 16, 128, dtype=dtype),
+        StepTensors(**index),
+        torch.zeros(sizes.plan_size, dtype=torch.int32),
+        sizes,
+        operator.workspace(tokens, sizes.parts, dtype),
+        torch.zeros(tokens, 2 * 128, dtype=dtype),
+    )
+    assert 0 < kernel.shared <= SHARED
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 64, 300])
+def test_8_bit_matrices_fit_consumer_gpus(dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = Compiling(dense.linear8)
+    monkeypatch.setattr(dense, "linear8", kernel)
+    matrix = Matrix.of(torch.ones(256, 256), None, dtype, "int8")
+    matrix(torch.zeros(rows, 256, dtype=dtype))
+    assert 0 < kernel.shared <= SHARED
