@@ -64,7 +64,10 @@ def gpu_obstacle(manifest: Manifest) -> str | None:
     if not torch.cuda.is_available():
         return f"{device.name} is not used: this build of PyTorch ({torch.__version__}) finds no CUDA device"
     needed = 2 * sum(prod(weight.shape) for weight in weight_plan(decoder, packed=False, heads=manifest.draft_heads))
-    free, _ = torch.cuda.mem_get_info()
+    try:
+        free, _ = torch.cuda.mem_get_info()
+    except RuntimeError as error:  # such as a GPU that is another process's alone, or without memory for a context
+        return f"{device.name} is not used, since it cannot be: {error}"
     if needed > ROOM * free:
         return f"{device.name} has {free / 1e9:.1f} GB free, the weights take {needed / 1e9:.1f} GB; try weights int8"
     return None

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import subprocess
+
 import torch
+from triton import TritonError
 
 from apar.export.errors import ExecutorError
 from apar.plugins.gpu.assembler import fit_driver
 from apar.plugins.gpu.kernels.dot import INTERPRETED
 from apar.runtime.executor.choice import OLDEST
+
+DEVICE_ERRORS = (RuntimeError, TritonError, subprocess.CalledProcessError)
+"""What PyTorch and Triton raise where a kernel cannot be compiled, loaded or run."""
+
+
+def remedy(error: Exception) -> str:
+    """What to do about one of DEVICE_ERRORS, as the end of a sentence; empty where nothing is known."""
+    text = str(error)
+    if isinstance(error, subprocess.CalledProcessError) or "C compiler" in text:
+        return ". Triton builds its launcher with a C compiler and Python's headers: apt-get install gcc python3-dev"
+    if "kernel image" in text:
+        return ". The driver is too old for what Triton makes: update NVIDIA's driver, or install an older triton"
+    return ""
 
 
 def usable_device(name: str) -> torch.device:

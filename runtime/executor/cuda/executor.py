@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from apar.runtime.executor.base import NO_HEADS_REMEDY, Executor
 from apar.runtime.executor.check import check_step
 from apar.runtime.executor.cuda.buckets import Bucket, Buckets
 from apar.runtime.executor.cuda.decoder import CudaDecoder
-from apar.runtime.executor.cuda.device import usable_device
+from apar.runtime.executor.cuda.device import DEVICE_ERRORS, remedy, usable_device
 from apar.runtime.executor.cuda.graphs import Graphs, Progress, Recorder, progress_line
 from apar.runtime.executor.cuda.sampling import TorchLogits
 from apar.runtime.executor.cuda.step_buffers import Layout, idle_step
@@ -124,6 +124,10 @@ class CudaExecutor(Executor):
                 self._graphs.capture(self._buckets.plain, self._idle, self._progress)
         except torch.OutOfMemoryError as error:
             raise ExecutorError(f"the GPU's memory does not hold the model and its pool: {error}") from error
+        except DEVICE_ERRORS as error:
+            raise ExecutorError(
+                f"the model cannot be made ready on {self._device}: {error}{remedy(error)}; device='cpu' does without"
+            ) from error
         self._closed = False
         self._wanted = self._memory.hidden[:0]
         pool_bytes = self._pools.numel() * self._pools.element_size()
@@ -178,8 +182,8 @@ class CudaExecutor(Executor):
             raise ExecutorError(
                 f"the GPU's memory does not hold a step of {inputs.input_ids.size} tokens: {error}"
             ) from error
-        except RuntimeError as error:
-            raise ExecutorError(f"the step failed on the GPU: {error}") from error
+        except DEVICE_ERRORS as error:
+            raise ExecutorError(f"the step failed on the GPU: {error}{remedy(error)}") from error
         self._wanted = memory.hidden[:wanted]
         self._foresee(inputs)
         return TorchLogits(memory.logits[:wanted])
@@ -193,6 +197,8 @@ class CudaExecutor(Executor):
             raise ExecutorError(
                 f"the GPU's memory does not hold the graphs of drafts: {error}; give a smaller KV pool"
             ) from error
+        except DEVICE_ERRORS as error:
+            raise ExecutorError(f"the graphs of drafts cannot be captured: {error}{remedy(error)}") from error
 
     def load_draft_heads(self) -> None:
         """See Executor.load_draft_heads; the weights are here already."""
@@ -215,7 +221,8 @@ class CudaExecutor(Executor):
         self._spare = None
         del self._decoder, self._pools, self._memory, self._wanted
         if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+            with suppress(RuntimeError):  # after an illegal access the device refuses this too
+                torch.cuda.empty_cache()
 
     def _on_device(self) -> AbstractContextManager[object]:
         """Makes the executor's GPU the calling thread's: Triton, streams, events and graphs go by that."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from checkpoints import make_checkpoint
 from step_builder import random_steps
+from triton.runtime.errors import OutOfResources
 
 from apar.export import onnx_engine
 from apar.export.errors import ExecutorError
@@ -236,6 +238,37 @@ def test_devices_that_are_not_there(random_engine: Path) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(ExecutorError, match="no CUDA device"):
             load_executor(random_engine, "torch", device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            RuntimeError("Failed to find C compiler. Please specify via CC"),
+            "on cpu: Failed.* apt-get install gcc python3",
+        ),
+        (subprocess.CalledProcessError(1, ["gcc"]), "apt-get install gcc python3-dev"),
+        (RuntimeError("Triton Error [CUDA]: device kernel image is invalid"), "update NVIDIA's driver"),
+        (OutOfResources(155648, 101376, "shared memory"), "out of resource: shared memory.*device='cpu'"),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), "illegal memory access"),
+    ],
+    ids=["no compiler", "no headers", "old driver", "small GPU", "access"],
+)
+def test_what_triton_and_cuda_refuse_is_told(random_engine: Path, error: Exception, message: str) -> None:
+    """At load, where a user meets it first, and in a step."""
+
+    class Refused(CudaExecutor):
+        def _make_memory(self, layouts: list[Layout]) -> StepMemory:
+            raise error
+
+    class Refusing(CudaExecutor):
+        def _forward(self, layout: Layout, memory: StepMemory) -> None:
+            raise error
+
+    with pytest.raises(ExecutorError, match=message):
+        Refused(random_engine, dtype="float32", **SMALL)
+    with pytest.raises(ExecutorError, match="the step failed on the GPU"):
+        Refusing(random_engine, dtype="float32", **SMALL).execute(life(3, 1)[0])
 
 
 def test_device_numbers(random_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
