@@ -46,7 +46,8 @@ def bench_host(rows: int, steps: int = 200, vocab_size: int = 64, fork_policy: F
     server `busy_us_per_step` (schedule + commit) and, as means, `busy_rows` of a step, `busy_births` of branches, those
     of roots included, and `busy_ends`.
     `vocab_size` is what the sampler goes through. Under `adaptive` the service level is so wide that all rows stay in
-    every step, and the policy judges all of them every few steps; where rows wait (the busy server) it does in each. Raises RequestError if a number is not usable.
+    every step, and the policy judges all of them every few steps; where rows wait (the busy server) it does in each.
+    Raises RequestError if a number is not usable.
     """
     if rows < 1 or steps < 1:
         raise RequestError(f"rows and steps must be at least 1, not {rows} and {steps}")
