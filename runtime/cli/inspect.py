@@ -247,7 +247,10 @@ def _print_table(facts: dict[str, Any]) -> None:
     table.add_column(overflow="fold")
     for name, value in _lines(facts):
         table.add_row(name, escape(value))
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    if not console.is_terminal:  # a file or a pipe has no right edge to fold paths at
+        console.width = max(console.width, console.measure(table, options=console.options.update(width=10_000)).maximum)
+    console.print(table)
 
 
 def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:

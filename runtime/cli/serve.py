@@ -127,6 +127,8 @@ def run(options: argparse.Namespace) -> int:
         draft_options(options)
     except RequestError as error:
         parser.error(str(error))
+    if options.urls is not None and not options.urls.parent.is_dir():
+        parser.error(f"argument --urls: there is no directory {options.urls.parent} to write {options.urls.name} to")
     keys = _api_keys(options)
     require_packages()
 

@@ -429,6 +429,13 @@ class TestInspect:
         table, _ = run(capsys, "inspect", engine)
         assert "109,888" in table and "[SplitMask] = 259" in table and "model.onnx.data" in table
 
+    def test_long_paths_stay_whole_in_a_pipe(
+        self, engine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        copy = tmp_path / ("long" * 40)
+        shutil.copytree(engine, copy)
+        assert str(copy) in run(capsys, "inspect", str(copy))[0]
+
     def test_where_a_gpu_can_run_it(
         self, engine: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:

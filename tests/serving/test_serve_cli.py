@@ -109,6 +109,7 @@ class TestServe:
             (["--deadline", "0"], 2, "not above 0"),
             (["--executor", "abacus"], 2, "there is no executor 'abacus'"),
             (["--port", "70000"], 2, "not between 0 and 65535"),
+            (["--urls", "/no/such/urls.json"], 2, "there is no directory /no/such to write urls.json to"),
             (["--max-rows", "8", "--max-step-tokens", "4"], 2, "max_step_tokens"),
         ],
     )
