@@ -78,6 +78,8 @@ def test_image_runs_apar_serve() -> None:
     text = (ROOT / "deploy" / "Dockerfile").read_text()
     assert 'ENTRYPOINT ["tini", "--", "/opt/apar/bin/apar", "serve"]' in text
     assert "not built" in text
+    assert "APAR_CACHE=/tmp/" in text and "TRITON_CACHE_DIR=/tmp/" in text, "the chart's root file system is read-only"
+    assert "ARG EXTRAS" in text.partition("AS build")[2].partition("FROM")[2], "the last stage has a compiler for GPUs"
 
 
 def test_versions_agree() -> None:
