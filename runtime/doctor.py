@@ -6,7 +6,9 @@ nobody foresaw is a finding too, never a traceback.
 
 from __future__ import annotations
 
+import os
 import platform
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -177,7 +179,10 @@ def _kernels(machine: _Machine) -> str:
         problem = obstacle(".".join(map(str, machine.cuda)), int(machine.capability.replace(".", "")))
         if problem:
             raise _Missing(f"{text}: {problem}")
-    return f"{text}, compiles the GPU kernels when an engine is built"
+    text += ", compiles the GPU kernels when an engine is built"
+    if machine.capability and not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        text += "; the torch executor needs a C compiler besides: apt-get install gcc python3-dev"
+    return text
 
 
 def _tensorrt_llm(machine: _Machine) -> str:

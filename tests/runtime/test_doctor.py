@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -154,6 +155,27 @@ def test_old_drivers_are_named(
     finding = by_name(examine(needs=("tensorrt",)))[name]
     assert not finding.ok
     assert message in finding.text
+
+
+def test_kernels_that_the_driver_would_refuse_are_assembled_otherwise(
+    gpu_box: tensorrt_double.Double, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton's own choice for this GPU is an assembler of CUDA 13."""
+    pytest.importorskip("triton")
+    variable = "TRITON_PTXAS_BLACKWELL_PATH"
+    monkeypatch.setenv(variable, "")
+    monkeypatch.delenv(variable)
+    monkeypatch.setenv("FAKE_CUDA_DRIVER", "12020")
+    assert by_name(examine())["kernel compiler"].ok
+    assert os.environ[variable].endswith("ptxas")
+
+
+def test_a_missing_c_compiler_is_mentioned(gpu_box: tensorrt_double.Double, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    assert "C compiler" not in by_name(examine())["kernel compiler"].text
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", "")
+    assert "apt-get install gcc python3-dev" in by_name(examine())["kernel compiler"].text
 
 
 def test_another_model_of_gpu_is_mentioned(engine: Path, gpu_box: tensorrt_double.Double) -> None:
