@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import shlex
 import sys
 import time
@@ -24,6 +25,8 @@ from apar.runtime.cli.progress import BuildProgress
 if TYPE_CHECKING:
     from apar.export.manifest import Manifest
     from apar.runtime.calibration import CalibrationText
+
+logger = logging.getLogger(__name__)
 
 DESCRIPTION = """\
 Build an engine directory from a Hugging Face checkpoint (Llama family, safetensors or pytorch_model-*.bin) or from a
@@ -178,9 +181,21 @@ def run(options: argparse.Namespace) -> int:
             overwrite=options.overwrite,
             progress=progress,
         )
+    _try_chat(options.output, manifest)
     if not options.quiet:
         print(summary(options.output, manifest, time.monotonic() - began), file=sys.stderr)
     return 0
+
+
+def _try_chat(engine: Path, manifest: Manifest) -> None:
+    """Warn of a chat template that takes no question: better now than at the first one."""
+    from apar.runtime.chat import render_chat
+    from apar.runtime.tokenizer import Tokenizer
+
+    try:
+        render_chat([{"role": "user", "content": "Hello"}], Tokenizer.load(engine, manifest))
+    except RequestError as error:
+        logger.warning("the engine is complete, but takes prompts without the chat template only: %s", error)
 
 
 def _calibration(options: argparse.Namespace) -> CalibrationText | None:

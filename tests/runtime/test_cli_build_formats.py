@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,20 @@ def test_a_tensorrt_llm_checkpoint_and_an_engine_from_it(
 def test_the_checkpoint_that_ships_is_built_by_its_name(tmp_path: Path) -> None:
     assert cli.main(["build", "tiny", "-o", str(tmp_path / "engine"), "-q"]) == 0
     assert Manifest.load(tmp_path / "engine").decoder.vocab_size == 2050
+
+
+def test_a_chat_template_that_is_broken_is_told_at_once(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["build", str(checkpoint), "-o", str(tmp_path / "good"), "-q"]) == 0
+    assert capsys.readouterr().err == ""
+    shutil.copytree(checkpoint, tmp_path / "checkpoint")
+    settings = tmp_path / "checkpoint" / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chat_template": "{% for x in %}"}))
+    assert cli.main(["build", str(tmp_path / "checkpoint"), "-o", str(tmp_path / "engine"), "-q"]) == 0
+    said = capsys.readouterr().err
+    assert "takes prompts without the chat template only" in said and "template is broken" in said
+    assert cli.main(["generate", str(tmp_path / "engine"), "a", "--raw-prompt", "--max-tokens", "1"]) == 0
 
 
 def test_graphs_for_tensorrt(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
