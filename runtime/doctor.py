@@ -17,6 +17,7 @@ from typing import Any
 
 from apar.export.errors import AparError
 from apar.export.manifest import ABI_VERSION, Manifest, TensorRtEngine
+from apar.runtime.executor.choice import OLDEST_PACKAGES
 
 NEEDS = ("onnx", "torch", "tensorrt", "triton")
 """Uses that can be asked for."""
@@ -169,8 +170,10 @@ def _kernels(machine: _Machine) -> str:
     version = _version("triton")
     if version is None:
         raise _Missing("not installed; building TensorRT engines needs it: pip install triton")
-    if _numbers(version) < (3, 6):
-        raise _Missing(f"triton {version} is older than the 3.6 that the GPU kernels need: pip install -U triton")
+    oldest = OLDEST_PACKAGES["triton"]
+    if _numbers(version) < oldest:
+        least = ".".join(map(str, oldest))
+        raise _Missing(f"triton {version} is older than the {least} that the GPU kernels need: pip install -U triton")
     text = f"triton {version}"
     if machine.cuda and machine.capability:
         from apar.plugins.gpu.assembler import fit_driver, obstacle

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import re
 from collections.abc import Mapping
+from importlib import metadata
 from math import prod
 from typing import Any
 
@@ -20,6 +22,8 @@ ONNX_OPTIONS = ("graph", "threads", "spinning")
 GPU_OPTIONS = ("weights", "dtype")
 OLDEST = (8, 0)
 """Compute capability that the GPU kernels need."""
+OLDEST_PACKAGES = {"torch": (2, 8), "triton": (3, 6)}
+"""What the GPU kernels and their executor call is not in older ones."""
 ROOM = 0.9
 """Share of the GPU's free memory that weights may take, so that a KV pool worth the name is left."""
 
@@ -56,9 +60,9 @@ def gpu_obstacle(manifest: Manifest) -> str | None:
         return f"there are no GPU kernels for head_dim {decoder.head_dim} with blocks of {manifest.block_size}"
     if decoder.num_heads // decoder.num_kv_heads > LARGE_TILE:
         return f"more than {LARGE_TILE} query heads share a key/value head"
-    for name in ("torch", "triton"):
-        if importlib.util.find_spec(name) is None:
-            return f"{device.name} is not used, since {name} is not installed; pip install 'apar[gpu]'"
+    problem = package_obstacle()
+    if problem is not None:
+        return f"{device.name} is not used, since {problem}"
     import torch
 
     if not torch.cuda.is_available():
@@ -70,4 +74,19 @@ def gpu_obstacle(manifest: Manifest) -> str | None:
         return f"{device.name} is not used, since it cannot be: {error}"
     if needed > ROOM * free:
         return f"{device.name} has {free / 1e9:.1f} GB free, the weights take {needed / 1e9:.1f} GB; try weights int8"
+    return None
+
+
+def package_obstacle() -> str | None:
+    """The package that the torch executor lacks on a GPU, or that is too old; None where all are there."""
+    for name, oldest in OLDEST_PACKAGES.items():
+        if importlib.util.find_spec(name) is None:
+            return f"{name} is not installed; pip install 'apar[gpu]'"
+        try:
+            version = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue  # such as a build of one's own: it is what it is
+        found = re.match(r"(\d+)\.(\d+)", version)
+        if found is not None and (int(found[1]), int(found[2])) < oldest:
+            return f"{name} {version} is older than {oldest[0]}.{oldest[1]}; pip install -U 'apar[gpu]'"
     return None

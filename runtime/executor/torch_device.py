@@ -8,7 +8,7 @@ from typing import Any
 
 from apar.export.errors import ExecutorError
 from apar.runtime.executor.base import Executor
-from apar.runtime.executor.choice import GPU_OPTIONS
+from apar.runtime.executor.choice import GPU_OPTIONS, package_obstacle
 
 try:
     import torch
@@ -38,11 +38,9 @@ def load_torch_executor(engine: Path, *, device: str = "auto", **options: Any) -
         options.pop("max_rows", None)
         options.pop("max_step_tokens", None)
         return TorchExecutor(engine, **options)
-    try:
-        from apar.runtime.executor.cuda.executor import CudaExecutor
-    except ModuleNotFoundError as error:
-        raise ExecutorError(
-            f"the torch executor on a GPU needs the package {error.name}; install it with: pip install 'apar[gpu]', "
-            "or give device='cpu'"
-        ) from error
+    problem = package_obstacle()
+    if problem is not None:
+        raise ExecutorError(f"the torch executor cannot run on a GPU: {problem}, or give device='cpu'")
+    from apar.runtime.executor.cuda.executor import CudaExecutor
+
     return CudaExecutor(engine, device=device, **options)

@@ -97,3 +97,15 @@ def test_device_cpu_suits_every_executor(engine: Path) -> None:
         load_executor(engine, "onnx", device="cuda")
     with pytest.raises(ExecutorError, match="weights is an option for GPUs"):
         load_executor(engine, "torch", device="cpu", weights="int8")
+
+
+@pytest.mark.parametrize(("name", "version"), [("torch", "2.7.1+cu126"), ("triton", "3.5.0+git.nv")])
+def test_packages_that_are_too_old(
+    name: str, version: str, engine: Path, manifest: Manifest, gpu: type[Driver], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An environment that had PyTorch before apar: pip leaves it as it is where no extra was asked for."""
+    versions = {"torch": "2.8.0", "triton": "3.6.0"} | {name: version}
+    monkeypatch.setattr(choice.metadata, "version", versions.__getitem__)
+    assert f"since {name} {version} is older than" in str(choice.gpu_obstacle(manifest))
+    with pytest.raises(ExecutorError, match=rf"cannot run on a GPU: {name} \d.*pip install -U 'apar\[gpu\]'"):
+        load_executor(engine, "torch", device="cuda")
