@@ -24,6 +24,8 @@ TYPICAL = 50
 """Steps after which a request's own tokens a step count as much as those of others, where its speed is expected."""
 MEMORY = 500
 """Steps after which what the speed of a typical request was learned from weighs a third."""
+SLOWEST = 0.1
+"""Part of the admitted requests that may be slower than what a new one is taken for while it waits."""
 MOST_HASTE = 10
 """A request's tokens are taken to need at most so many times the plain pace."""
 
@@ -52,6 +54,8 @@ class Pacing:
         """Seconds that each step may take for a typical request without branches."""
         self._first_token = limits.service_level.first_token_seconds
         self._factor = AIM * limits.service_level.latency_factor
+        self.slow = 1.0
+        """Tokens that the slowest requests, all but SLOWEST of them, say in a step."""
         self._said = self._took = 1.0
         """Fading means over steps of tokens and of requests; the quotient is what a typical request says in a step."""
         self._counted = (0, 0)
@@ -72,9 +76,14 @@ class Pacing:
         return LEAST_PACE * self.plain
 
     @property
+    def typical(self) -> float:
+        """Tokens that a typical request says in a step."""
+        return max(1.0, self._said / self._took)
+
+    @property
     def patience(self) -> float:
-        """Seconds without a first token that a request without branches could still make good."""
-        return min(self._first_token, HORIZON * (1 - LEAST_PACE) * self.plain)
+        """Seconds without a first token that nearly all requests, as fast as those admitted, could still make good."""
+        return min(self._first_token, HORIZON * (1 - LEAST_PACE / self.slow) * self.plain)
 
     def need_of(self, waiting: Request) -> float:
         """Tokens a second that a waiting request will take."""
@@ -96,8 +105,10 @@ class Pacing:
         waited = now - requests.arrived[owners]
         ahead = self._factor * (self.cost.seconds(prompt, prompt) + said * alone) - waited
         token = self._factor * alone + ahead / HORIZON
-        typical = max(1.0, self._said / self._took)
-        speed = np.maximum((sampled + TYPICAL * typical) / (steps + TYPICAL), 1.0)
+        speed = np.maximum((sampled + TYPICAL * self.typical) / (steps + TYPICAL), 1.0)
+        if owners.size:
+            place = int(SLOWEST * (owners.size - 1))
+            self.slow = float(np.partition(speed, place)[place])
         self.allowed[owners] = allowed = speed * token
         self.need[owners] = 1 / np.maximum(token, self.plain / MOST_HASTE)
         late: BoolArray = (allowed < self.shortest) | ((sampled == 0) & (waited > self.patience))

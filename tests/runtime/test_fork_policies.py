@@ -13,6 +13,7 @@ import torch
 from path_executor import PathExecutor, count_branches, reference_tree, shape
 
 from apar.export.errors import CapacityError
+from apar.runtime.adaptive import STANDS, Adaptive
 from apar.runtime.bench.cost_model import CostModel
 from apar.runtime.bench.replay import ReplayBench
 from apar.runtime.bench.workload import plan_workload
@@ -109,6 +110,38 @@ def test_late_requests_get_on_while_others_keep_coming() -> None:
     scheduler = replay.engine.scheduler
     assert scheduler.counters.late > 0 and scheduler.waiting, "the load was too low to prove anything"
     scheduler.check()
+
+
+def test_new_requests_wait_as_long_as_forks_could_make_good() -> None:
+    """Where all answers fork, one that waited is not given up as early as where none does."""
+    level = ServiceLevel(1000.0, 1.3)
+    limits = dataclasses.replace(LIMITS, fork_policy="adaptive", service_level=level)
+    forking = {"prompt_tokens": 5, "segments": [[1, 150], [1, 150], [60, 0]]}
+    patience = {}
+    for name, tree in (("plain", PLAIN), ("forking", forking)):
+        replay = Replay([tree], limits)
+        for _ in range(8):
+            replay.submit(0)
+        for _ in range(60):
+            replay.step()
+        policy = replay.engine.scheduler.policy
+        assert isinstance(policy, Adaptive)
+        patience[name] = policy.pacing.patience
+    assert patience["forking"] > 2 * patience["plain"] > 0
+
+
+def test_a_stall_is_noticed_while_nobody_waits() -> None:
+    """Judgements stand for some steps where there is nothing to decide, and no longer."""
+    level = ServiceLevel(5.0, 2.0)
+    replay = Replay([PLAIN], dataclasses.replace(LIMITS, fork_policy="adaptive", service_level=level))
+    request = replay.submit(0)
+    for _ in range(20):
+        replay.step()
+    assert not request.late
+    replay.now += 1000.0
+    for _ in range(STANDS):
+        replay.step()
+    assert request.late and replay.engine.scheduler.counters.late == 1
 
 
 def test_who_is_admitted_in_time_ends_in_time() -> None:
