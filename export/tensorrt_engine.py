@@ -37,7 +37,7 @@ from apar.export.tensorrt_profiles import DECODE, MIXED, head_ranges, ranges
 from apar.export.tokenizer_files import read_tokenizer
 from apar.export.trtllm_config import CONFIG_NAME, engine_config
 from apar.export.typed_graph import KV_BINDINGS
-from apar.plugins.cuda_driver import CudaDevice, driver_version
+from apar.plugins.cuda_driver import CudaDevice
 from apar.plugins.gpu.sizes import BLOCK_SIZES, HEAD_DIMS
 
 logger = logging.getLogger(__name__)
@@ -283,7 +283,7 @@ def _pack_kernels(manifest: Manifest, facts: TensorRtEngine, path: Path) -> None
     sm = 80 if major == 8 else 10 * major + minor
     choice = Choice([manifest.dtype], [manifest.decoder.head_dim], [manifest.block_size], checked=True)
     fit_driver()
-    problem = obstacle(driver_version(), sm)
+    problem = obstacle(sm)
     if problem:
         raise BuildError(f"the GPU kernels cannot be compiled for this machine: {problem}")
     try:

@@ -179,7 +179,7 @@ def _kernels(machine: _Machine) -> str:
         from apar.plugins.gpu.assembler import fit_driver, obstacle
 
         fit_driver()
-        problem = obstacle(".".join(map(str, machine.cuda)), int(machine.capability.replace(".", "")))
+        problem = obstacle(int(machine.capability.replace(".", "")))
         if problem:
             raise _Missing(f"{text}: {problem}")
     text += ", compiles the GPU kernels when an engine is built"

@@ -37,8 +37,13 @@ def fit_driver() -> None:
         logger.info("the driver is of CUDA %s: kernels are assembled by ptxas %s", driver, older.version)
 
 
-def obstacle(driver: str, sm: int) -> str | None:
-    """Why a driver of this CUDA version cannot load what Triton makes for compute capability `sm` (90 is 9.0)."""
+def obstacle(sm: int) -> str | None:
+    """Why this machine's driver cannot load what Triton makes for compute capability `sm` (90 is 9.0); None where it
+    can, or where there is no driver."""
+    try:
+        driver = cuda_driver.driver_version()
+    except PluginError:
+        return None
     tool = get_ptxas(sm)
     if _reads(driver, tool.version):
         return None

@@ -204,7 +204,7 @@ def test_drivers_get_code_that_they_can_load(driver: str, monkeypatch: pytest.Mo
     """Machine code of CUDA 13's assembler is of an ELF ABI that drivers of CUDA 12 do not know."""
     monkeypatch.setattr("apar.plugins.cuda_driver.driver_version", lambda: driver)
     assembler.fit_driver()
-    assert assembler.obstacle(driver, 90) is None
+    assert assembler.obstacle(90) is None
     merge = next(build for build in Choice(["bfloat16"], [64], [16]).builds() if build.kind == "merge")
     abi = compile_build(merge, 90).cubin[8]
     assert abi <= 7 if driver == "12.2" else abi >= 7
@@ -215,7 +215,7 @@ def test_what_no_assembler_fits_is_said(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("apar.plugins.cuda_driver.driver_version", lambda: "11.8")
     assembler.fit_driver()
     assert assembler.VARIABLE not in os.environ
-    assert "a driver of CUDA 11.8 does not load; update" in (assembler.obstacle("11.8", 80) or "")
+    assert "a driver of CUDA 11.8 does not load; update" in (assembler.obstacle(80) or "")
 
 
 def test_an_assembler_that_the_user_named_stays(monkeypatch: pytest.MonkeyPatch) -> None:
