@@ -53,11 +53,13 @@ def load_executor(engine: Path, name: str = "auto", *, room: tuple[int, int] | N
     except AttributeError as error:
         raise ExecutorError(f"there is no executor {name!r}: {module} has no {attribute}") from error
     if not callable(kind):
-        raise ExecutorError(f"{name} is no executor but a {type(kind).__name__}; name a class with Executor's methods")
+        raise ExecutorError(f"{name} is no executor but a {type(kind).__name__}; name a class derived from Executor")
     try:
-        executor: Executor = kind(Path(engine), **options)
+        executor = kind(Path(engine), **options)
     except TypeError as error:
         if "keyword argument" not in str(error):
             raise
         raise ExecutorError(f"the {name} executor does not take these options: {error}") from error
+    if not isinstance(executor, Executor):
+        raise ExecutorError(f"{name} made no executor but a {type(executor).__name__}; derive the class from Executor")
     return executor

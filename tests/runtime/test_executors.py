@@ -312,6 +312,8 @@ def test_loading_by_name(models: dict) -> None:
         load_executor(engine, "torch", kv_dtype="int8")
     with pytest.raises(ExecutorError, match="no executor but a module"):
         load_executor(engine, "os:path")
+    with pytest.raises(ExecutorError, match="made no executor but a str"):
+        load_executor(engine, "builtins:str")
     with pytest.raises(ExecutorError, match="no device 'xpu'"):
         load_executor(engine, "torch", device="xpu")
 
