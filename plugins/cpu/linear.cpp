@@ -52,7 +52,7 @@ constexpr int64_t kLeastParallel = 1 << 17;
 constexpr int64_t kLeastParallelInputs = 1 << 15;
 // Weights of a task: small enough to even out threads of unequal speed, large enough to be streamed.
 constexpr int64_t kTaskBytes = 128 << 10;
-// A task has at least so many tiles where there are enough: a single token's kernel goes through four at once.
+// A task has at least so many tiles where there are enough: the kernels take as many at once for one or two tokens.
 constexpr int64_t kTaskTiles = 4;
 // Tasks come in multiples of this, so that each of 2, 4 or 8 threads has as many.
 constexpr int64_t kEvenTasks = 8;
@@ -195,9 +195,11 @@ class Call {
     call.op_.kernels->multiply(call.call_, call.first_tile(number), call.first_tile(number + 1));
   }
 
-  // Where a task begins: where tiles can be taken kTaskTiles at a time.
+  // Where a task begins. Few tokens go through kTaskTiles tiles at once; more share a tile, and even tasks serve them
+  // better.
   int64_t first_tile(int64_t task) const {
-    const int64_t together = op_.tiles >= tasks_ * kTaskTiles ? kTaskTiles : 1;
+    const bool whole = call_.num_tokens <= 2 && op_.tiles >= tasks_ * kTaskTiles;
+    const int64_t together = whole ? kTaskTiles : 1;
     return task == tasks_ ? op_.tiles : op_.tiles / together * task / tasks_ * together;
   }
 

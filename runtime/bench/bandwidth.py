@@ -1,8 +1,9 @@
 """Memory bandwidth that a step could reach at best, and the bytes a step must read.
 
 Stream bandwidth is measured by reading: each of as many threads as the executor uses takes the largest element of
-its own part of a float32 array far larger than the caches (NumPy's vectorised maximum, which runs without the
-interpreter's lock). The best of several passes counts, since anything that disturbs a pass only makes it slower.
+its own part of an array of bytes far larger than the caches (NumPy's vectorised maximum, which runs without the
+interpreter's lock; of bytes, since it reads these faster than floats, which might be NaN). The best of several passes
+counts, since anything that disturbs a pass only makes it slower.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def read_bandwidth(threads: int, size: int | None = None, passes: int = PASSES) 
     if size is None:
         size = min(max(LEAST_BYTES, CACHES * last_level_cache()), MOST_BYTES)
         size = max(16 << 20, min(size, available_memory() // 4))
-    parts = np.array_split(np.ones(size // 4, np.float32), threads)
+    parts = np.array_split(np.ones(size, np.int8), threads)
     best = math.inf
     with ThreadPoolExecutor(threads) as pool:
         for _ in range(passes):
