@@ -10,7 +10,7 @@ namespace {
 struct LinearAvx2Vector : Avx2, LinearX86 {
   using Int = __m256i;
   static constexpr int kFloatTokens = 4;
-  static constexpr int kIntegerTokens = 4;
+  static constexpr int kIntegerTokens = 5;
 
   static Reg add(Reg a, Reg b) { return _mm256_add_ps(a, b); }
   static Reg div(Reg a, Reg b) { return _mm256_div_ps(a, b); }
