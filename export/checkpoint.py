@@ -5,18 +5,23 @@ Read without torch and transformers, and without running anything that the files
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import numpy as np
 
 from apar.export.checkpoint_hints import quantized_hint, what_is_there
 from apar.export.errors import CheckpointError
 from apar.export.llama_config import LlamaConfig, read_config, read_json
 from apar.export.manifest import DecoderConfig
 from apar.export.medusa import MedusaHeads, find_heads, is_head_tensor, read_heads
-from apar.export.tensor_files import FLOAT_TYPES, StoredTensor, read_safetensors
+from apar.export.tensor_files import FLOAT_TYPES, StoredTensor, read_safetensors, to_float32
 from apar.export.torch_files import read_torch_file
 from apar.export.trtllm_checkpoint import is_trtllm, read_trtllm
+
+logger = logging.getLogger(__name__)
 
 _Reader = Callable[[Path], dict[str, StoredTensor]]
 _LAYOUTS: tuple[tuple[str, _Reader], ...] = (
@@ -26,6 +31,8 @@ _LAYOUTS: tuple[tuple[str, _Reader], ...] = (
     ("pytorch_model.bin.index.json", read_torch_file),
 )
 _LISTED = 5
+_CHUNK = 1 << 22
+"""Numbers compared at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +66,13 @@ class Checkpoint:
             config, found = read.config, dict(read.tensors)
         else:
             config, found = read_config(directory), _find_tensors(directory)
+            if config.decoder.tie_word_embeddings and not _tied(found):
+                logger.warning(
+                    "%s: config.json ties lm_head to the embeddings, but lm_head.weight is there and differs from "
+                    "them; it is used as it is",
+                    directory,
+                )
+                config = replace(config, decoder=replace(config.decoder, tie_word_embeddings=False))
         inside = {name: found.pop(name) for name in list(found) if is_head_tensor(name)}
         tensors = _select(found, config.decoder, directory)
         if draft_heads is None:
@@ -122,6 +136,28 @@ def _read_shards(index: Path, reader: _Reader) -> dict[str, StoredTensor]:
             raise CheckpointError(f"{index.parent / shard} lacks tensors that {index.name} promises: {_list(absent)}")
         tensors.update(found)
     return tensors
+
+
+def _tied(found: Mapping[str, StoredTensor]) -> bool:
+    """Whether there is no lm_head beside the embeddings, or it is the same matrix.
+
+    Tuning that adds tokens often trains both on their own and leaves the config as it was; transformers 5 then unties
+    them too.
+    """
+    head, embedding = found.get("lm_head.weight"), found.get("model.embed_tokens.weight")
+    if head is None or embedding is None:
+        return True
+    alike = head.shape == embedding.shape and len(head.shape) == 2
+    if not alike or head.dtype not in FLOAT_TYPES or embedding.dtype not in FLOAT_TYPES:
+        return False  # what is wrong with them is said where all tensors are checked
+    if (head.path, head.offset) == (embedding.path, embedding.offset):
+        return True
+    step = max(1, _CHUNK // max(head.row_size, 1))
+    for start in range(0, head.shape[0], step):
+        stop = min(start + step, head.shape[0])
+        if not np.array_equal(to_float32(head.read(start, stop)), to_float32(embedding.read(start, stop))):
+            return False
+    return True
 
 
 def _select(found: Mapping[str, StoredTensor], config: DecoderConfig, directory: Path) -> dict[str, StoredTensor]:

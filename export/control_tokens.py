@@ -23,7 +23,9 @@ def resolve_tokens(
     """
     fork = _resolve("fork", fork_token, FORK_TOKEN, config, tokenizer)
     child = _resolve("child", child_token, CHILD_TOKEN, config, tokenizer)
-    eos = config.eos or tuple(i for i in (tokenizer.special_id("eos_token"),) if i is not None)
+    rows = config.decoder.vocab_size
+    named = tokenizer.special_id("eos_token")  # a tuned model's tokenizer often knows an end that its config does not
+    eos = tuple(dict.fromkeys((*config.eos, *(i for i in (named,) if i is not None and i < rows))))
     if not eos:
         raise TokenizerError(
             f"{tokenizer.directory}: no end token: neither config.json (eos_token_id) nor the tokenizer names one; "
@@ -34,8 +36,10 @@ def resolve_tokens(
     for name, token in (("fork", fork), ("child", child)):
         if token in eos:
             raise TokenizerError(f"the {name} token {token} is also an end token; give another one (--{name}-token)")
-    bos = config.bos if config.bos is not None else tokenizer.special_id("bos_token")
-    rows = config.decoder.vocab_size
+    bos = None
+    if tokenizer.puts_bos:
+        own = tokenizer.special_id("bos_token")
+        bos = config.bos if own is None else own
     if bos is not None and bos >= rows:
         raise TokenizerError(
             f"{tokenizer.directory}: the begin token has id {bos}, but the model has only {rows} vocabulary rows; "

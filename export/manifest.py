@@ -90,6 +90,7 @@ class TokenIds:
     child: int
     eos: tuple[int, ...]
     bos: int | None = None
+    """Stands in front of every prompt that no chat template writes; None: the tokenizer puts nothing there."""
     pad: int | None = None
 
 

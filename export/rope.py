@@ -37,10 +37,7 @@ def rope_from_config(config: Mapping[str, Any], head_dim: int, max_position: int
 
     Raises CheckpointError for a scaling type that has no fixed frequencies, or lacks a parameter.
     """
-    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(given, Mapping):
-        raise CheckpointError(f"the RoPE parameters must be an object, not {given!r}")
-    parameters = dict(given)
+    parameters = given_parameters(config)
     if any(isinstance(value, Mapping) for value in parameters.values()):
         raise CheckpointError("RoPE parameters by kind of layer are not supported")
     kind = parameters.get("rope_type", parameters.get("type", "default"))
@@ -64,13 +61,23 @@ def rope_from_config(config: Mapping[str, Any], head_dim: int, max_position: int
         limit = max(max_position, int(_number(parameters, "original_max_position_embeddings", kind)))
     elif kind == "yarn":
         original = _number(parameters, "original_max_position_embeddings", kind, max_position)
-        factor = _number(parameters, "factor", kind, max_position / original)
+        implied = max_position / original if "original_max_position_embeddings" in parameters else None
+        factor = _number(parameters, "factor", kind, implied)
         inv_freq = _yarn(inv_freq, parameters, theta, head_dim, factor, original)
         scale = _yarn_scale(parameters, factor)
         limit = max(max_position, int(original * factor))
     if not np.isfinite(inv_freq).all():
         raise CheckpointError(f"RoPE scaling of type {kind!r} gives no finite frequencies: {parameters}")
     return Rope(tuple(float(f) for f in inv_freq.astype(np.float32)), scale, limit)
+
+
+def given_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of `rope_parameters` or `rope_scaling`, with the original length that may stand beside them."""
+    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(given, Mapping):
+        raise CheckpointError(f"the RoPE parameters must be an object, not {given!r}")
+    original = config.get("original_max_position_embeddings")  # as in transformers, it wins
+    return dict(given) if original is None else {**given, "original_max_position_embeddings": original}
 
 
 def _first(*values: Any) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 from apar.export.errors import CheckpointError, TokenizerError
 from apar.export.llama_config import read_json
 from apar.export.sentencepiece_model import convert_model, read_model
-from apar.export.tokenizer_kind import is_byte_level
+from apar.export.tokenizer_kind import is_byte_level, parts
 
 TOKENIZER_NAME = "tokenizer.json"
 CONFIG_NAME = "tokenizer_config.json"
@@ -52,6 +52,21 @@ class TokenizerFiles:
         value = self.special.get(role, self.config.get(role))
         text = value.get("content") if isinstance(value, dict) else value
         return self.ids.get(text) if isinstance(text, str) else None
+
+    @property
+    def puts_bos(self) -> bool:
+        """Whether encoding a text puts the begin token in front of it.
+
+        `add_bos_token` false says no; else what tokenizer.json does after encoding; else Llama's tokenizers do and no
+        others. (transformers 4 and 5 read the three differently; where they agree, this is what they agree on.)
+        """
+        if self.config.get("add_bos_token") is False:
+            return False
+        stages = parts(self.tokenizer.get("post_processor"), "processors")
+        templates = [stage["single"] for stage in stages if isinstance(stage.get("single"), list)]
+        if templates:
+            return any(isinstance(piece, dict) and "SpecialToken" in piece for piece in templates[0][:1])
+        return "Llama" in str(self.config.get("tokenizer_class") or "Llama")
 
     def texts(self) -> Iterator[tuple[str, str]]:
         """Name and contents of the three files of an engine."""

@@ -15,6 +15,7 @@ from apar.export.errors import BuildError
 from apar.export.llama_config import read_json
 from apar.export.manifest import DecoderConfig
 from apar.export.output_directory import OutputDirectory, sync
+from apar.export.rope import given_parameters
 from apar.export.sharding import Shard, shard_checkpoint
 from apar.export.tensor_files import FLOAT_TYPES, StoredTensor, to_float32
 from apar.export.tensor_pieces import Piece, pieced
@@ -79,7 +80,7 @@ def rope_words(config: Mapping[str, Any]) -> dict[str, Any]:
     """`rotary_base` and `rotary_scaling` of a checkpoint's own config.json, whichever format that is in."""
     if "architecture" in config:
         return {"rotary_base": config.get("rotary_base", 10000.0), "rotary_scaling": config.get("rotary_scaling")}
-    given = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    given = given_parameters(config)
     base = given.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
     kind = given.get("rope_type", given.get("type", "default"))
     if kind == "default":

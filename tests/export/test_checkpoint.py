@@ -295,6 +295,28 @@ def test_missing_and_surplus_tensors(copy: Any) -> None:
         Checkpoint.open(path.parent)
 
 
+def test_a_tied_lm_head_that_differs_is_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = make_checkpoint(tmp_path)
+    edit_config(tmp_path, tie_word_embeddings=True)
+    checkpoint = Checkpoint.open(tmp_path)
+    assert not checkpoint.decoder.tie_word_embeddings
+    np.testing.assert_array_equal(checkpoint.tensors["lm_head.weight"].read(), model.lm_head.weight.detach().numpy())
+    assert "lm_head.weight is there and differs" in caplog.text
+    path = tmp_path / "model.safetensors"
+    header, data = header_of(path)
+    head, embedding = header["lm_head.weight"], header["model.embed_tokens.weight"]
+    for same in (embedding, head):  # the same bytes, then a copy of them
+        first, last = embedding["data_offsets"]
+        begin, end = head["data_offsets"]
+        copied = bytearray(data)
+        copied[begin:end] = data[first:last]
+        write_header(path, header | {"lm_head.weight": same}, bytes(copied))
+        caplog.clear()
+        checkpoint = Checkpoint.open(tmp_path)
+        assert checkpoint.decoder.tie_word_embeddings and "lm_head.weight" not in checkpoint.tensors
+        assert not caplog.text
+
+
 @pytest.mark.parametrize("layout", ["safetensors-sharded", "bin-sharded"])
 def test_index_errors(copy: Any, layout: str) -> None:
     directory = copy(layout)

@@ -9,6 +9,7 @@ import pytest
 from checkpoints import VARIANTS, make_config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from apar.export.errors import CheckpointError
 from apar.export.rope import rope_from_config
 
 LLAMA3 = VARIANTS["rope_llama3"]["rope_parameters"]
@@ -38,6 +39,15 @@ def test_frequencies_equal_transformers(parameters: dict[str, Any], head_dim: in
         rope = rope_from_config(form, head_dim, config.max_position_embeddings)
         np.testing.assert_allclose(rope.inv_freq, expected.inv_freq.numpy(), rtol=1e-6)
         assert rope.scale == pytest.approx(expected.attention_scaling)
+
+
+def test_the_original_length_may_stand_beside_the_parameters() -> None:
+    inside = {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}}
+    beside = {"rope_scaling": {"type": "yarn", "factor": 4.0}, "original_max_position_embeddings": 64}
+    both = {"rope_scaling": YARN | {"original_max_position_embeddings": 128}, "original_max_position_embeddings": 64}
+    assert rope_from_config(inside, 16, 256) == rope_from_config(beside, 16, 256) == rope_from_config(both, 16, 256)
+    with pytest.raises(CheckpointError, match="needs a positive number 'factor', not None"):
+        rope_from_config({"rope_scaling": {"type": "yarn"}}, 16, 256)
 
 
 def new_form(parameters: dict[str, Any]) -> dict[str, Any]:

@@ -259,8 +259,9 @@ def test_control_tokens(tmp_path: Path) -> None:
     tokens = resolve_tokens(config, files, "[SplitSop]", 17)
     assert (tokens.fork, tokens.child) == (260, 17)
     assert resolve_tokens(replace(config, pad=264), files).pad is None  # named, but never made: nothing is padded
+    nameless = replace(files, config={}, special={})
     with pytest.raises(TokenizerError, match="the begin token has id 264, but the model has only 264 vocabulary rows"):
-        resolve_tokens(replace(config, bos=264), files)
+        resolve_tokens(replace(config, bos=264), nameless)
     assert resolve_tokens(config, files, "262", "a").fork == 262  # rows beyond the tokenizer can be named by id
     for options, message in (
         (("[Nope]", None), r"has no fork token '\[Nope\]'; either use .*, or .*--fork-token STRING or ID"),
@@ -286,3 +287,39 @@ def test_end_token_from_the_tokenizer_where_the_config_has_none(tmp_path: Path) 
     (tmp_path / "special_tokens_map.json").unlink(missing_ok=True)
     with pytest.raises(TokenizerError, match=r"no end token: .*add eos_token_id to config\.json"):
         resolve_tokens(read_config(tmp_path), read_tokenizer(tmp_path))
+
+
+BYTE_LEVEL = {"type": "ByteLevel", "trim_offsets": True}
+PLAIN = {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}]}
+BEGINS = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, *PLAIN["single"]]}
+
+
+@pytest.mark.parametrize(
+    ("processor", "settings", "expected"),
+    [
+        (None, {}, 1),
+        (None, {"tokenizer_class": "LlamaTokenizerFast"}, 1),
+        (None, {"tokenizer_class": "PreTrainedTokenizerFast"}, None),
+        (None, {"tokenizer_class": "Qwen2Tokenizer"}, None),
+        (None, {"add_bos_token": False}, None),
+        ({"type": "Sequence", "processors": [BYTE_LEVEL, BEGINS]}, {"tokenizer_class": "PreTrainedTokenizerFast"}, 1),
+        (BEGINS, {"add_bos_token": False}, None),
+        (PLAIN, {}, None),
+        (BYTE_LEVEL, {"tokenizer_class": "PreTrainedTokenizerFast"}, None),
+    ],
+)
+def test_the_begin_token_stands_where_the_tokenizer_puts_it(
+    processor: dict[str, Any] | None, settings: dict[str, Any], expected: int | None, tmp_path: Path
+) -> None:
+    make_checkpoint(tmp_path)
+    for name, change in (("tokenizer.json", {"post_processor": processor}), ("tokenizer_config.json", settings)):
+        path = tmp_path / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert resolve_tokens(read_config(tmp_path), read_tokenizer(tmp_path)).bos == expected
+
+
+def test_the_tokenizers_end_and_begin_count_where_the_config_has_others(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path)
+    config, files = read_config(tmp_path), read_tokenizer(tmp_path)
+    tokens = resolve_tokens(replace(config, eos=(9, 7), bos=8), files)
+    assert (tokens.eos, tokens.bos) == ((9, 7, 2), 1)
