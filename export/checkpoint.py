@@ -18,6 +18,7 @@ from apar.export.llama_config import LlamaConfig, read_config, read_json
 from apar.export.manifest import DecoderConfig
 from apar.export.medusa import MedusaHeads, find_heads, is_head_tensor, read_heads
 from apar.export.tensor_files import FLOAT_TYPES, StoredTensor, read_safetensors, to_float32
+from apar.export.tensor_pieces import PiecedTensor
 from apar.export.torch_files import read_torch_file
 from apar.export.trtllm_checkpoint import is_trtllm, read_trtllm
 
@@ -73,6 +74,8 @@ class Checkpoint:
                     directory,
                 )
                 config = replace(config, decoder=replace(config.decoder, tie_word_embeddings=False))
+            if config.decoder.attention_bias and not config.output_bias:
+                found = _zero_output_biases(config.decoder, directory, len(found)) | found
         inside = {name: found.pop(name) for name in list(found) if is_head_tensor(name)}
         tensors = _select(found, config.decoder, directory)
         if draft_heads is None:
@@ -83,7 +86,7 @@ class Checkpoint:
 
 
 def expected_tensors(config: DecoderConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of each tensor of a Llama checkpoint, in the order of computation."""
+    """Name and shape of each tensor of a checkpoint, in the order of computation."""
     hidden, ffn = config.hidden_size, config.intermediate_size
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     yield "model.embed_tokens.weight", (config.vocab_size, hidden)
@@ -136,6 +139,12 @@ def _read_shards(index: Path, reader: _Reader) -> dict[str, StoredTensor]:
             raise CheckpointError(f"{index.parent / shard} lacks tensors that {index.name} promises: {_list(absent)}")
         tensors.update(found)
     return tensors
+
+
+def _zero_output_biases(config: DecoderConfig, directory: Path, most: int) -> dict[str, StoredTensor]:
+    """Biases of o_proj for a checkpoint that has them at q, k and v alone: the decoder has them everywhere."""
+    names = [f"model.layers.{layer}.self_attn.o_proj.bias" for layer in range(min(config.num_layers, most))]
+    return {name: PiecedTensor(name, "float32", (config.hidden_size,), directory, 0) for name in names}
 
 
 def _tied(found: Mapping[str, StoredTensor]) -> bool:

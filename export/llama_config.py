@@ -1,6 +1,8 @@
-"""`config.json` of a Llama-family checkpoint, read into a DecoderConfig.
+"""`config.json` of a checkpoint of Llama, Mistral or Qwen2, read into a DecoderConfig.
 
-Everything that would change the decoder's arithmetic and that the graph does not have is refused by name.
+The three have one decoder. Mistral's attention window, and Qwen2's where it is switched on, hides nothing in contexts
+no longer than the window, and the engine is built for those; Qwen2 has biases at q, k and v alone. Everything else that
+would change the decoder's arithmetic and that the graph does not have is refused by name.
 """
 
 from __future__ import annotations
@@ -17,6 +19,10 @@ from apar.export.manifest import DecoderConfig
 from apar.export.rope import rope_from_config
 
 CONFIG_NAME = "config.json"
+_MODELS = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+"""`model_type`s that are built, and their architectures."""
+_DEFAULT_WINDOW = 4096
+"""Of Mistral and Qwen2, where the config is silent."""
 _LARGEST_SIZE = 1 << 24
 """No size in a config.json of any Llama is larger; a larger one is a damaged file, and would only cost memory."""
 
@@ -27,10 +33,12 @@ class LlamaConfig:
 
     decoder: DecoderConfig
     context_limit: int
-    """Longest context that RoPE was made for; `decoder.max_context` is what config.json asks for."""
+    """Longest context that RoPE and an attention window allow; `decoder.max_context` is what config.json asks for."""
     eos: tuple[int, ...]
     bos: int | None
     pad: int | None
+    output_bias: bool = True
+    """With `decoder.attention_bias`: the checkpoint has o_proj.bias, too; False (Qwen2): it is zero."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -59,7 +67,7 @@ def config_from(config: Mapping[str, Any], path: Path, generation: Mapping[str, 
 
     Raises CheckpointError where the model is not one that APAR builds.
     """
-    _check_supported(config, path)
+    model = _supported_model(config, path)
     hidden = _positive(config, "hidden_size", path)
     heads = _positive(config, "num_attention_heads", path)
     kv_heads = _positive(config, "num_key_value_heads", path, default=heads)
@@ -75,6 +83,7 @@ def config_from(config: Mapping[str, Any], path: Path, generation: Mapping[str, 
         rope = rope_from_config(config, head_dim, max_position)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
+    window = _window(config, model, path)
     decoder = DecoderConfig(
         vocab_size=_positive(config, "vocab_size", path),
         hidden_size=hidden,
@@ -84,11 +93,11 @@ def config_from(config: Mapping[str, Any], path: Path, generation: Mapping[str, 
         head_dim=head_dim,
         intermediate_size=_positive(config, "intermediate_size", path),
         rms_norm_eps=_epsilon(config, path),
-        max_context=max_position,
+        max_context=min(max_position, window),
         rope_inv_freq=rope.inv_freq,
         rope_scale=rope.scale,
-        attention_bias=bool(config.get("attention_bias", False)),
-        mlp_bias=bool(config.get("mlp_bias", False)),
+        attention_bias=model == "qwen2" or (model == "llama" and bool(config.get("attention_bias", False))),
+        mlp_bias=model == "llama" and bool(config.get("mlp_bias", False)),
         tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
     )
     more = path.with_name("generation_config.json")
@@ -98,23 +107,28 @@ def config_from(config: Mapping[str, Any], path: Path, generation: Mapping[str, 
             raise CheckpointError(f"{path}: eos_token_id {token} is not below vocab_size {decoder.vocab_size}")
     return LlamaConfig(
         decoder=decoder,
-        context_limit=rope.context_limit,
+        context_limit=min(rope.context_limit, window),
         eos=tuple(eos),
         bos=next(iter(_token_ids(config, "bos_token_id", path) + _token_ids(generation, "bos_token_id", more)), None),
         pad=next(iter(_token_ids(config, "pad_token_id", path) + _token_ids(generation, "pad_token_id", more)), None),
+        output_bias=model != "qwen2",
     )
 
 
-def _check_supported(config: Mapping[str, Any], path: Path) -> None:
+def _supported_model(config: Mapping[str, Any], path: Path) -> str:
+    """Its `model_type`. Raises CheckpointError where APAR has no decoder for it."""
     kind = config.get("model_type")
     architectures = config.get("architectures") or []
     if not isinstance(architectures, list):
         raise CheckpointError(f"{path}: architectures must be a list of names, not {architectures!r}")
-    if kind not in (None, "llama") or (kind is None and not architectures):
-        raise CheckpointError(f"{path}: model_type {kind!r} is not supported; APAR builds model_type 'llama'")
-    if architectures and "LlamaForCausalLM" not in architectures:
+    if kind is None:
+        kind = next((model for model, name in _MODELS.items() if name in architectures), None)
+    if not isinstance(kind, str) or kind not in _MODELS:
+        raise CheckpointError(f"{path}: model_type {kind!r} is not supported; APAR builds {', '.join(_MODELS)}")
+    if architectures and _MODELS[kind] not in architectures:
         raise CheckpointError(
-            f"{path}: architecture {', '.join(map(str, architectures))} is not supported; APAR builds LlamaForCausalLM"
+            f"{path}: architecture {', '.join(map(str, architectures))} is not supported for model_type {kind!r}; "
+            f"APAR builds {_MODELS[kind]}"
         )
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
         raise CheckpointError(f"{path}: hidden_act {config['hidden_act']!r} is not supported; APAR builds 'silu'")
@@ -124,6 +138,15 @@ def _check_supported(config: Mapping[str, Any], path: Path) -> None:
             f"{path}: the checkpoint is quantised already ({method}), which is not supported; "
             "give the float checkpoint and quantise in the build (--quantize)"
         )
+    return kind
+
+
+def _window(config: Mapping[str, Any], model: str, path: Path) -> int:
+    """Longest context in which no token is outside the attention window of another."""
+    used = model == "mistral" or (model == "qwen2" and config.get("use_sliding_window", False))
+    if not used or config.get("sliding_window", _DEFAULT_WINDOW) is None:
+        return _LARGEST_SIZE
+    return _positive(config, "sliding_window", path, default=_DEFAULT_WINDOW)
 
 
 def _positive(config: Mapping[str, Any], key: str, path: Path, *, default: int | None = None) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PretrainedConfig
 
 FORK, CHILD = "[SplitMask]", "[SplitSop]"
 VOCAB = 264
@@ -40,13 +40,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
             "rope_theta": 10000.0,
         }
     },
+    "mistral": {"model_type": "mistral", "num_key_value_heads": 2, "head_dim": 24, "sliding_window": None},
+    "qwen2": {"model_type": "qwen2", "num_key_value_heads": 2},
 }
 """What each variant changes in the config of `make_config`."""
 
 
-def make_config(variant: str = "mha", **overrides: Any) -> LlamaConfig:
+def make_config(variant: str = "mha", **overrides: Any) -> PretrainedConfig:
     """The config of a decoder with 2 layers, 4 heads and hidden size 64."""
     settings: dict[str, Any] = {
+        "model_type": "llama",
         "vocab_size": VOCAB,
         "hidden_size": 64,
         "intermediate_size": 112,
@@ -59,7 +62,7 @@ def make_config(variant: str = "mha", **overrides: Any) -> LlamaConfig:
         "eos_token_id": 2,
         "pad_token_id": 0,
     }
-    return LlamaConfig(**(settings | VARIANTS[variant] | overrides))
+    return AutoConfig.for_model(**(settings | VARIANTS[variant] | overrides))
 
 
 def make_checkpoint(
@@ -77,7 +80,7 @@ def make_checkpoint(
     `layout` is "safetensors", "safetensors-sharded", "bin" or "bin-sharded".
     """
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(make_config(variant, **overrides)).eval()
+    model = AutoModelForCausalLM.from_config(make_config(variant, **overrides)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight"):

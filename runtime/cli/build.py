@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DESCRIPTION = """\
-Build an engine directory from a Hugging Face checkpoint (Llama family, safetensors or pytorch_model-*.bin) or from a
-TensorRT-LLM one. --format tensorrt compiles it for the GPU of this machine; trtllm writes a TensorRT-LLM checkpoint.
+Build an engine directory from a Hugging Face checkpoint (Llama, Mistral or Qwen2; safetensors or pytorch_model-*.bin)
+or from a TensorRT-LLM one. --format tensorrt compiles it for the GPU of this machine; trtllm writes a TensorRT-LLM
+checkpoint.
 
 Weights are streamed, so memory stays small whatever the model's size. The engine appears whole or not at all: a
 build that fails or is interrupted leaves an engine that was there before as it was.

@@ -19,6 +19,7 @@ from checkpoints import make_checkpoint
 from apar.export.checkpoint import Checkpoint
 from apar.export.checkpoint_hints import checkpoint_name
 from apar.export.errors import CheckpointError
+from apar.export.llama_config import config_from
 from apar.export.tensor_files import to_float32
 
 LAYOUTS = ("safetensors", "safetensors-sharded", "bin", "bin-sharded")
@@ -101,7 +102,11 @@ def test_config_is_read(originals: dict[str, Path], copy: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mistral"}, "model_type 'mistral' is not supported"),
+        ({"model_type": "gemma"}, "model_type 'gemma' is not supported; APAR builds llama, mistral, qwen2"),
+        ({"model_type": ["llama"]}, r"model_type \['llama'\] is not supported"),
+        ({"model_type": "mistral"}, "LlamaForCausalLM is not supported for model_type 'mistral'"),
+        ({"model_type": "mistral", "architectures": None, "sliding_window": "x"}, "sliding_window must be a positive"),
+        ({"model_type": "qwen2", "architectures": None}, r"lacks tensors.*q_proj\.bias"),
         ({"model_type": None, "architectures": None}, "model_type None is not supported"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification is not supported"),
         (
@@ -293,6 +298,25 @@ def test_missing_and_surplus_tensors(copy: Any) -> None:
     write_header(path, header, data)
     with pytest.raises(CheckpointError, match=r"does not account for: .*q_proj\.bias; check .*attention_bias"):
         Checkpoint.open(path.parent)
+
+
+@pytest.mark.parametrize(
+    ("changes", "longest"),
+    [
+        ({"model_type": "llama", "sliding_window": 48}, 256),
+        ({"model_type": "mistral", "sliding_window": None}, 256),
+        ({"model_type": "mistral"}, 256),
+        ({"model_type": "mistral", "max_position_embeddings": 32768}, 4096),
+        ({"model_type": "mistral", "sliding_window": 48}, 48),
+        ({"model_type": "qwen2", "sliding_window": 48}, 256),
+        ({"model_type": "qwen2", "sliding_window": 48, "use_sliding_window": True}, 48),
+    ],
+)
+def test_attention_windows_bound_the_context(originals: dict[str, Path], changes: Any, longest: int) -> None:
+    path = originals["safetensors"] / "config.json"
+    config = json.loads(path.read_text()) | {"architectures": None} | changes
+    read = config_from(config, path, {})
+    assert (read.decoder.max_context, read.context_limit) == (longest, longest)
 
 
 def test_a_tied_lm_head_that_differs_is_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -28,7 +28,10 @@ def opened(path: Path) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize(
     ("variant", "ranks"),
-    [("mha", 1), ("mha", 2), ("gqa", 4), ("attention_bias", 2), ("mlp_bias", 4), ("head_dim", 2), ("rope_llama3", 1)],
+    [
+        *(("mha", 1), ("mha", 2), ("gqa", 4), ("attention_bias", 2), ("mlp_bias", 4), ("head_dim", 2)),
+        *(("rope_llama3", 1), ("mistral", 2), ("qwen2", 2)),
+    ],
 )
 def test_there_and_back(variant: str, ranks: int, tmp_path: Path) -> None:
     make_checkpoint(tmp_path / "hf", variant, vocab_size=263)  # 263 is no multiple of the ranks
