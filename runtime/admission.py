@@ -48,6 +48,7 @@ class Admission:
     def admit(self) -> None:
         """Let requests run, one after the other, until one does not fit."""
         queues = self.queues
+        reserve: int | None = None
         while queues.waiting:
             request = self.policy.next_waiting() if queues.running else queues.waiting[0]
             if request is None:
@@ -59,12 +60,15 @@ class Admission:
                     return
                 request = next(r for r in queues.waiting if r.branches)
                 resumed = True
-            if queues.running and self._cost(request) > self.cache.available - self._reserve():
+            if reserve is None:
+                reserve = self._reserve()
+            if queues.running and self._cost(request) > self.cache.available - reserve:
                 return
             if not resumed:
                 self.lifecycle.start(request)
             queues.run(request)
             self.catching.begin(request)
+            reserve += self._owed(request)
 
     def _cost(self, request: Request) -> int:
         """Blocks that a waiting request will take until all its branches have sampled once more."""
@@ -84,3 +88,8 @@ class Admission:
         rows = self.queues.rows()
         owed = -(-table.length[rows] // size) - table.num_blocks[rows]
         return int(np.maximum(owed, 0).sum()) + rows.size
+
+    def _owed(self, request: Request) -> int:
+        """What a request that has just begun to run, without blocks yet, adds to the reserve."""
+        lengths = [int(self.table.length[branch.slot]) for branch in request.live]
+        return sum(-(-length // self.cache.block_size) + 1 for length in lengths)

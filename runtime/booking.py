@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from apar.export.manifest import TokenIds
-from apar.runtime.branch import Branch, Request
+from apar.runtime.branch import Branch, Request, RequestState
 from apar.runtime.branch_table import BranchTable
 from apar.runtime.lifecycle import Lifecycle
 from apar.runtime.outputs import FinishReason
@@ -154,25 +154,40 @@ class Booking:
             happens |= watched[place]
         report.branches = self.queues.branches_at(slots)
         report.tokens = tokens.tolist()
-        self._book_events(report, happens.nonzero()[0].tolist())
-        for branch in dropped:
-            self._end(report, branch, "length")
+        self._book_events(report, happens.nonzero()[0].tolist(), dropped)
 
-    def _book_events(self, report: StepReport, rows: list[int]) -> None:
-        """Handle rows whose token forked, ended a branch, or met a limit."""
+    def _book_events(self, report: StepReport, rows: list[int], dropped: list[Branch]) -> None:
+        """Handle rows whose token forked, ended a branch, or met a limit; `dropped` branches end without one."""
         table, remaining = self.table, self.requests.remaining
+        forking: list[Branch] = []
+        ended: list[Branch] = []
+        reasons: list[FinishReason] = []
+        drops: list[bool] = []
         for i in rows:
             branch, token = report.branches[i], report.tokens[i]
             slot, request = branch.slot, branch.request
             params = request.params
             ends = token in self.tokens.eos
             if ends or token in params.stop_token_ids:
-                kept = params.include_stop_in_output and not ends
-                self._end(report, branch, "stop", drop_last=not kept)
+                ended.append(branch)
+                reasons.append("stop")
+                drops.append(ends or not params.include_stop_in_output)
             elif remaining[request.index] <= 0 or table.length[slot] >= table.limit[slot]:
-                self._end(report, branch, "length")
+                ended.append(branch)
+                reasons.append("length")
+                drops.append(False)
             elif token == self.tokens.fork:
-                report.forked.append(self.lifecycle.fork(branch))
+                forking.append(branch)
+        for branch in dropped:
+            ended.append(branch)
+            reasons.append("length")
+            drops.append(False)
+        if ended:
+            self.lifecycle.finish(ended, reasons, drops)
+            report.ended += ended
+            report.finished += dict.fromkeys(b.request for b in ended if b.request.state is RequestState.FINISHED)
+        if forking:
+            report.forked += self.lifecycle.fork(forking)
 
     def _within_budget(self, groups: RowGroups) -> BoolArray:
         """Rows whose token still fits `max_tokens`: of a request's rows the first ones (`Branch.order`).
@@ -196,8 +211,3 @@ class Booking:
             self.lifecycle.fail(request, "the model's logits are not finite; check the checkpoint and its quantisation")
         kept: BoolArray = ~np.isin(requests, hit)
         return kept
-
-    def _end(self, report: StepReport, branch: Branch, reason: FinishReason, drop_last: bool = False) -> None:
-        report.ended.append(branch)
-        if self.lifecycle.finish_branch(branch, reason, drop_last):
-            report.finished.append(branch.request)

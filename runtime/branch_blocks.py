@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from apar.runtime.branch import Branch
 from apar.runtime.branch_table import NO_LIMIT, BranchTable
-from apar.runtime.kv_cache import ROOT_DIGEST, KVCache, chain_digest
+from apar.runtime.kv_cache import ONE, ROOT_DIGEST, KVCache, chain_digest
 from apar.runtime.request_table import RequestTable
 from apar.runtime.step import Int32Array, IntArray
 
@@ -40,6 +41,7 @@ class BranchBlocks:
         self.table = table
         self.requests = requests
         self.cache = cache
+        self._columns = np.arange(table.block_table.shape[1])
         self._moves = NO_COPIES
         """[C, 2] slot copies of accepted draft nodes; the next step makes them, whoever is in it."""
 
@@ -113,9 +115,7 @@ class BranchBlocks:
             moved = dict(self._moves[:, ::-1].tolist())
             copies[:, 0] = [moved.get(source, source) for source in copies[:, 0].tolist()]
         # Copies come first in a step, so a source that is released here may be written to in the same step.
-        for i, owner in enumerate(table.request[tails].tolist()):
-            self.requests.held[owner] -= self.cache.release(sources[i : i + 1])
-        self._drop_moves()
+        self._give_up(sources, table.request[tails])
         return copies
 
     def move(self, slots: IntArray, source: Int32Array | IntArray, target: Int32Array | IntArray) -> None:
@@ -148,7 +148,7 @@ class BranchBlocks:
                 blocks = table.block_table[slot, count:have].copy()
                 table.block_table[slot, count:have] = -1
                 table.num_blocks[slot] = count
-                self.requests.held[table.request[slot]] -= self.cache.release(blocks)
+                self.requests.held[table.request[slot]] -= np.count_nonzero(self.cache.release(blocks))
 
     def owners_of(self, slots: Int32Array) -> list[int]:
         """Requests with a branch that lists a block in which one of the pool's `slots` lies. Slow: for failures."""
@@ -157,26 +157,32 @@ class BranchBlocks:
         live = [s for s, branch in enumerate(table.branches) if branch is not None]
         return list(dict.fromkeys(int(table.request[s]) for s in live if np.isin(table.blocks(s), hit).any()))
 
-    def _drop_moves(self) -> None:
-        """Forget moves into blocks that nobody lists any more."""
+    def _give_up(self, blocks: Int32Array, owners: IntArray) -> None:
+        """Drop references to `blocks` [n], each on behalf of a request of `owners` [n]."""
+        gone = self.cache.release(blocks)
+        np.subtract.at(self.requests.held, owners[gone], ONE)
         if self._moves.size:
+            # Moves into blocks that nobody lists any more are not made.
             targets = self._moves[:, 1] // self.cache.block_size
             self._moves = self._moves[self.cache.references[targets] > 0]
 
-    def inherit(self, child: int, parent: int, position: int) -> None:
-        """Let slot `child` share what slot `parent` has of the path before `position`.
+    def inherit(self, children: IntArray, parents: IntArray, positions: Int32Array) -> None:
+        """Let slots `children` [n] share what slots `parents` [n] have of their paths before `positions` [n].
 
         Full blocks are shared for good; the partly filled one until the child's first step copies its filled slots.
         """
         table, size = self.table, self.cache.block_size
-        count = -(-position // size)
-        blocks = table.block_table[parent, :count]
-        table.block_table[child, :count] = blocks
-        table.num_blocks[child] = count
-        table.computed[child] = position
-        table.copy_tail[child] = 1 if position % size else 0
-        table.share[child] = min(int(table.share[parent]), position // size)
-        self.cache.share(blocks)
+        full = positions // size
+        partial = positions > full * size
+        counts = full + partial
+        listed = self._columns[: int(counts.max())] < counts[:, None]
+        blocks = table.block_table[parents, : listed.shape[1]]
+        table.block_table[children, : listed.shape[1]] = np.where(listed, blocks, -1)
+        table.num_blocks[children] = counts
+        table.computed[children] = positions
+        table.copy_tail[children] = partial
+        table.share[children] = np.minimum(table.share[parents], full)
+        self.cache.share(blocks[listed])
 
     def attach_prefix(self, branch: Branch) -> None:
         """Give a branch without blocks the longest cached prefix of its path, leaving a token to compute."""
@@ -186,32 +192,28 @@ class BranchBlocks:
         request = branch.request
         usable = (int(table.length[slot]) - 1) // self.cache.block_size
         blocks = self.cache.match(self._digests(branch, usable)) if self.cache.prefix_caching else NO_BLOCKS
-        count = blocks.size
-        siblings = [table.blocks(b.slot) for b in request.live if b is not branch and table.num_blocks[b.slot]]
+        count = added = blocks.size
+        siblings = [b.slot for b in request.live if b is not branch and table.num_blocks[b.slot]]
         table.block_table[slot, :count] = blocks
         table.num_blocks[slot] = count
         table.computed[slot] = count * self.cache.block_size
-        known = set(np.concatenate(siblings).tolist()) if siblings else set()
+        if siblings:
+            known = np.concatenate([table.blocks(sibling) for sibling in siblings])
+            added -= int(np.count_nonzero(np.isin(blocks, known)))
+            table.share[slot] = self._common_blocks(slot, siblings[0])
         held, peak = self.requests.held, self.requests.peak
-        held[request.index] += sum(block not in known for block in blocks.tolist())
+        held[request.index] += added
         peak[request.index] = max(peak[request.index], held[request.index])
-        table.share[slot] = self._common_blocks(branch)
         if not request.preemptions and branch.parent is None and len(request.branches) == 1:
             request.cached_tokens = int(table.computed[slot])
 
-    def _common_blocks(self, branch: Branch) -> int:
-        """Leading blocks that `branch` has in common with what its siblings share among themselves."""
-        table = self.table
-        mine = table.blocks(branch.slot)
-        for other in branch.request.live:
-            theirs = table.blocks(other.slot)
-            if other is branch or not theirs.size:
-                continue
-            width = min(mine.size, theirs.size)
-            differs = np.flatnonzero(mine[:width] != theirs[:width])
-            common = int(differs[0]) if differs.size else width
-            return min(common, int(table.share[other.slot]))
-        return NO_LIMIT  # the first to have blocks: the others will be compared with it
+    def _common_blocks(self, slot: int, sibling: int) -> int:
+        """Leading blocks that `slot` has in common with what `sibling` shares with the others."""
+        mine, theirs = self.table.blocks(slot), self.table.blocks(sibling)
+        width = min(mine.size, theirs.size)
+        differs = (mine[:width] != theirs[:width]).nonzero()[0]
+        common = int(differs[0]) if differs.size else width
+        return min(common, int(self.table.share[sibling]))
 
     def register(self, branch: Branch, end: int) -> list[int]:
         """Make the full blocks of `path[:end]` findable; returns those that were not before."""
@@ -222,12 +224,14 @@ class BranchBlocks:
             # A block whose content is still to be moved together is not what its digest says.
             unsettled = np.isin(self.table.block_table[branch.slot, :full], self._moves[:, 1] // self.cache.block_size)
             full = int(unsettled.argmax()) if unsettled.any() else full
-        blocks = self.table.block_table[branch.slot, :full].tolist()
-        fresh = []
-        for block, digest in zip(blocks, self._digests(branch, full), strict=True):
-            if not self.cache.is_registered(block):
-                self.cache.register(block, digest)
-                fresh.append(block)
+        blocks = self.table.block_table[branch.slot, :full]
+        places = self.cache.unregistered(blocks)
+        if not places.size:
+            return []
+        fresh: list[int] = blocks[places].tolist()
+        digests = self._digests(branch, full)
+        for block, place in zip(fresh, places.tolist(), strict=True):
+            self.cache.register(block, digests[place])
         return fresh
 
     def _digests(self, branch: Branch, count: int) -> list[bytes]:
@@ -239,16 +243,20 @@ class BranchBlocks:
             digests.append(chain_digest(parent, path[i * size : (i + 1) * size]))
         return digests[:count]
 
-    def release(self, branch: Branch, remember: bool) -> None:
-        """Give up a branch's blocks; `remember` keeps the full ones findable in the prefix cache."""
-        table, slot = self.table, branch.slot
-        if remember:
-            self.register(branch, int(table.computed[slot]))
-        blocks = table.blocks(slot).copy()
-        self.requests.held[table.request[slot]] -= self.cache.release(blocks)
-        self._drop_moves()
-        table.block_table[slot, : blocks.size] = -1
-        table.num_blocks[slot] = 0
-        table.computed[slot] = 0
-        table.copy_tail[slot] = 0
-        table.share[slot] = NO_LIMIT
+    def release(self, branches: Sequence[Branch], remember: Sequence[Branch] = ()) -> None:
+        """Give up the blocks of `branches`; the full ones of `remember`, some of these, stay findable in the prefix
+        cache."""
+        table = self.table
+        for branch in remember:
+            self.register(branch, int(table.computed[branch.slot]))
+        # Blocks are evicted from the end on: those of the first branch first.
+        slots = np.array([branch.slot for branch in reversed(branches)])
+        counts = table.num_blocks[slots]
+        listed = self._columns[: int(counts.max())] < counts[:, None]
+        blocks = table.block_table[slots, : listed.shape[1]][listed]
+        table.block_table[slots, : listed.shape[1]] = -1
+        table.num_blocks[slots] = 0
+        table.computed[slots] = 0
+        table.copy_tail[slots] = 0
+        table.share[slots] = NO_LIMIT
+        self._give_up(blocks, table.request[slots].repeat(counts))

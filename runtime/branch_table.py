@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
 from apar.runtime.branch import Branch
 from apar.runtime.kv_cache import KVCacheError
+from apar.runtime.step import IntArray
 
 NO_LIMIT = np.iinfo(np.int32).max
 NOT_HERE, NEVER = -1, -2
@@ -50,11 +53,12 @@ class BranchTable:
         path stands for."""
         self.generation = np.zeros(capacity, dtype=np.int64)
         """How many branches have ended in the slot."""
-        self.share = np.zeros(capacity, dtype=np.int32)
+        self.share = np.full(capacity, NO_LIMIT, dtype=np.int32)
         """Leading blocks known to be the same as in the request's other branches."""
         self.first_step = np.zeros(capacity, dtype=np.int64)
         """Step in which the branch sampled its first token."""
-        self.branches: list[Branch | None] = [None] * capacity
+        self.branches: npt.NDArray[np.object_] = np.full(capacity, None, dtype=object)
+        """Who is in a slot; None in free ones."""
         self._free = list(range(capacity - 1, -1, -1))
 
     @property
@@ -62,33 +66,35 @@ class BranchTable:
         """Slots that `take` can still give."""
         return len(self._free)
 
-    def take(self, branch: Branch) -> int:
-        """Give `branch` a slot with an empty path and no blocks."""
-        if not self._free:
+    def take(self, branches: Sequence[Branch]) -> IntArray:
+        """Give each of `branches` a slot without blocks; returns these. Their paths are the caller's to write.
+
+        Raises KVCacheError if there are not so many.
+        """
+        count = len(branches)
+        if count > len(self._free):
             raise KVCacheError(f"all {self.capacity} branch slots are taken")
-        slot = self._free.pop()
-        branch.slot = slot
-        self.branches[slot] = branch
-        self.length[slot] = 0
-        self.computed[slot] = 0
-        self.num_blocks[slot] = 0
-        self.copy_tail[slot] = 0
-        self.first_step[slot] = -1
-        self.share[slot] = NO_LIMIT
-        return slot
+        slots = [self._free.pop() for _ in range(count)]
+        for branch, slot in zip(branches, slots, strict=True):
+            branch.slot = slot
+            self.branches[slot] = branch
+        taken = np.array(slots)
+        self.first_step[taken] = -1
+        return taken
 
-    def give_back(self, branch: Branch) -> None:
-        """Free the branch's slot; its blocks must have been released."""
-        slot = branch.slot
-        self.branches[slot] = None
-        self.generation[slot] += 1
-        branch.slot = -1
-        self._free.append(slot)
+    def give_back(self, branches: Sequence[Branch]) -> None:
+        """Free the slots of branches; their blocks must have been released."""
+        slots = [branch.slot for branch in branches]
+        for branch in branches:
+            branch.slot = -1
+        self.branches[slots] = None
+        self.generation[slots] += 1
+        self._free += slots
 
-    def branches_at(self, slots: npt.NDArray[np.int64]) -> list[Branch]:
+    def branches_at(self, slots: IntArray) -> list[Branch]:
         """The branches in `slots`, all of which are taken."""
-        branches = self.branches
-        return [branch for slot in slots.tolist() if (branch := branches[slot]) is not None]
+        branches: list[Branch] = self.branches[slots].tolist()
+        return branches
 
     def blocks(self, slot: int) -> npt.NDArray[np.int32]:
         """The blocks listed by a slot (a view)."""

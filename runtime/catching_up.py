@@ -94,7 +94,7 @@ class CatchingUp:
         for request in self._listed:
             for branch in request.live:
                 if blocks.intersection(self.table.blocks(branch.slot).tolist()):
-                    self.blocks.release(branch, remember=False)
+                    self.blocks.release([branch])
 
     def add_chunks(self, plan: Plan, most: int) -> None:
         """Add what is missing to a plan, at most `most` tokens, as far as its tokens, rows and the blocks allow."""

@@ -40,7 +40,7 @@ class FirstCome:
     def next_waiting(self) -> Request | None:
         """The waiting request to be admitted next, if its blocks are there; None if no other should run now."""
         request = self.queues.waiting[0]
-        rows = self.queues.rows().size + max(len(request.live), 1)
+        rows = self.queues.num_rows + max(len(request.live), 1)
         return request if rows <= self.limits.admitted_rows else None
 
     def take_turns(self, rows: IntArray, groups: RowGroups, seats: int) -> BoolArray | None:

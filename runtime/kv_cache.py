@@ -18,9 +18,11 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from apar.export.errors import AparError
-from apar.runtime.step import Int32Array
+from apar.runtime.step import BoolArray, Int32Array, IntArray
 
 ROOT_DIGEST = b""
+ONE = np.int32(1)
+"""A typed number: with a plain one `ufunc.at` takes ten times as long."""
 
 
 class KVCacheError(AparError):
@@ -48,6 +50,7 @@ class KVCache:
         self.block_size = block_size
         self.prefix_caching = prefix_caching
         self.references = np.zeros(num_blocks, dtype=np.int32)
+        self._entry = np.empty(num_blocks, dtype=np.int64)
         self._free = np.arange(num_blocks - 1, -1, -1, dtype=np.int32)
         self._num_free = num_blocks
         self._digests: list[bytes | None] = [None] * num_blocks
@@ -95,26 +98,35 @@ class KVCache:
         return blocks
 
     def share(self, blocks: Int32Array) -> None:
-        """Add one reference to each of `blocks` (distinct, all referenced already)."""
-        self.references[blocks] += 1
+        """Add a reference for each entry of `blocks` (all referenced already; some may be listed several times)."""
+        np.add.at(self.references, blocks.astype(np.int64), ONE)
 
-    def release(self, blocks: Int32Array) -> int:
-        """Drop one reference from each of `blocks` (distinct); returns how many of them nobody refers to any more."""
-        if blocks.size == 0:
-            return 0
-        counts = self.references[blocks] - 1
-        least = counts.argmin()
-        if counts[least] < 0:
-            raise KVCacheError(f"block {int(blocks[least])} is released more often than it was taken")
-        self.references[blocks] = counts
-        if counts[least]:
-            return 0
-        gone = blocks[counts == 0]
-        unreferenced: int = gone.size
+    def release(self, blocks: Int32Array) -> BoolArray:
+        """Drop a reference for each entry of `blocks` [n]; a block may be listed several times.
+
+        Later entries are evicted first: those of a path are less useful than earlier ones. Returns [n] the entries with
+        which the last reference to a block went, one for each such block.
+        """
+        index = blocks.astype(np.int64)
+        np.subtract.at(self.references, index, ONE)
+        left = self.references[index]
+        unreferenced: BoolArray = left == 0
+        if not blocks.size or left.min() > 0:
+            return unreferenced
+        if left.min() < 0:
+            np.add.at(self.references, index, ONE)
+            raise KVCacheError(f"block {int(blocks[left.argmin()])} is released more often than it was taken")
+        entries = unreferenced.nonzero()[0][::-1]
+        gone = index[entries]
+        # Of equal blocks the one is kept that was written last: the first entry.
+        self._entry[gone] = entries
+        first = self._entry[gone] == entries
+        if not first.all():
+            unreferenced[entries[~first]] = False
+            gone = gone[first]
         registered = self._registered[gone]
         if np.count_nonzero(registered):
-            # Later blocks of a path are less useful than earlier ones, so they are evicted first.
-            self._retire(gone[registered][::-1])
+            self._retire(gone[registered])
             gone = gone[~registered]
         self._free[self._num_free : self._num_free + gone.size] = gone
         self._num_free += gone.size
@@ -127,9 +139,9 @@ class KVCache:
             self._registered[block] = True
             self._block_of[digest] = block
 
-    def is_registered(self, block: int) -> bool:
-        """Whether a block can be found by its digest."""
-        return bool(self._registered[block])
+    def unregistered(self, blocks: Int32Array) -> IntArray:
+        """Indices into `blocks` of those that cannot be found by a digest."""
+        return (~self._registered[blocks]).nonzero()[0]
 
     def forget(self, blocks: Iterable[int]) -> None:
         """Remove blocks from the prefix cache because their content cannot be trusted."""
@@ -204,7 +216,7 @@ class KVCache:
         if set(self._ring_blocks[entries][live].tolist()) != set(cached.tolist()):
             raise KVCacheError("the eviction order does not list exactly the cached blocks")
 
-    def _retire(self, blocks: Int32Array) -> None:
+    def _retire(self, blocks: IntArray) -> None:
         """Append unreferenced registered blocks to the eviction order."""
         count = blocks.size
         if self._ring_end + count > self._ring_blocks.size:

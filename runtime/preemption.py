@@ -53,7 +53,7 @@ class Preemption:
         if len(candidates) < 2:
             raise KVCacheError("a single branch does not fit into the KV pool that was sized for it")
         branch = candidates[-1]
-        self.blocks.release(branch, remember=True)
+        self.blocks.release([branch], remember=[branch])
         branch.parked = True
         self.counters.parked += 1
         self.queues.parking_changed()
@@ -70,8 +70,8 @@ class Preemption:
 
     def preempt(self, request: Request) -> None:
         """Take a running request's blocks and queue it again; its branches keep their tokens."""
+        self.blocks.release(request.live, remember=request.live)
         for branch in request.live:
-            self.blocks.release(branch, remember=True)
             branch.parked = False
         # `release` leaves blocks in the count that other requests refer to as well.
         self.requests.held[request.index] = 0

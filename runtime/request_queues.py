@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -30,10 +30,16 @@ class RequestQueues:
         """New requests and preempted ones."""
         self.deadlines = Deadlines()
         self.running: list[Request] = []
-        # Rows change with almost every step of a busy server, by a branch or two: they are edited, and listed anew
-        # only where requests change places or branches are parked.
+        # Rows change with almost every step of a busy server, by a few branches: they are edited, once for all that
+        # changed, and listed anew only where requests change places or branches are parked.
         self._rows: IntArray = NOBODY
         self._stale = False
+        self._gone: list[int] = []
+        """Slots to be taken out of the rows, before those of `_come` are put in."""
+        self._come: list[int] = []
+        """Slots to be put in: each behind the last row of its request, or at the end if that has none."""
+        self._place = np.zeros(table.capacity, dtype=np.int64)
+        """Scratch, by slot or request index: a place in the rows."""
         self._groups: RowGroups | None = None
         self._branches: list[Branch] = []
 
@@ -56,7 +62,7 @@ class RequestQueues:
         request.state = RequestState.RUNNING
         insort(self.running, request, key=lambda r: r.sort_key)
         if self.running[-1] is request:
-            self._edit(self._rows.size, self._rows.size, [branch.slot for branch in request.live if not branch.parked])
+            self._come += [branch.slot for branch in request.live if not branch.parked]
         else:
             self._stale = True
 
@@ -68,11 +74,12 @@ class RequestQueues:
 
     def set_late(self, request: Request, late: bool) -> None:
         """Mark a request as late, or as in time again, and move it to its place among the others."""
-        queue = self.running if request.state is RequestState.RUNNING else self.waiting
+        runs = request.state is RequestState.RUNNING
+        queue = self.running if runs else self.waiting
         queue.remove(request)
         request.late = late
         insort(queue, request, key=lambda r: r.sort_key)
-        self._stale = True
+        self._stale = self._stale or runs
 
     def waiting_in_time(self) -> Iterator[Request]:
         """Waiting requests of the first priority that are not late; a copy, so that they may be marked."""
@@ -92,20 +99,17 @@ class RequestQueues:
         key = (self.waiting[0].priority, True, -1) if self.waiting else (0, True, -1)
         return bisect_left(self.waiting, key, key=lambda r: r.sort_key)
 
-    def branch_born(self, child: Branch) -> None:
-        """To be called when a branch of a running request has joined its siblings."""
-        live = child.request.live
-        before = live.index(child) - 1
-        while live[before].parked:
-            before -= 1
-        place = self._place(live[before].slot) + 1
-        self._edit(place, place, [child.slot])
+    def branches_born(self, children: Sequence[Branch]) -> None:
+        """To be called when branches of running requests have joined their siblings."""
+        for child in children:
+            self._come.append(child.slot)
+            self._stale = self._stale or child.request.live[-1] is not child
 
-    def branch_gone(self, branch: Branch) -> None:
-        """To be called before a live branch gives up its slot."""
-        if branch.request.state is RequestState.RUNNING and not branch.parked:
-            place = self._place(branch.slot)
-            self._edit(place, place + 1, [])
+    def branches_gone(self, branches: Sequence[Branch]) -> None:
+        """To be called before live branches give up their slots."""
+        if self._come:
+            self.rows()
+        self._gone += [b.slot for b in branches if b.request.state is RequestState.RUNNING and not b.parked]
 
     def parking_changed(self) -> None:
         """To be called when a branch of a running request was parked or unparked."""
@@ -113,10 +117,19 @@ class RequestQueues:
 
     def rows(self) -> IntArray:
         """[R] slots of running branches that are not parked, by request. The same array until something changes."""
-        if self._stale:
+        if self._stale or self._gone or self._come:
+            self._rows = np.array(self._listed(), dtype=np.int64) if self._stale else self._edited()
             self._stale = False
-            self._edit(0, self._rows.size, self._listed())
+            self._gone.clear()
+            self._come.clear()
+            self._groups = None
+            self._branches = []
         return self._rows
+
+    @property
+    def num_rows(self) -> int:
+        """How many `rows` there are."""
+        return self.rows().size if self._stale else self._rows.size - len(self._gone) + len(self._come)
 
     def check(self) -> None:
         """Prove that `rows` are the slots of running branches. Raises KVCacheError."""
@@ -126,21 +139,24 @@ class RequestQueues:
     def _listed(self) -> list[int]:
         return [b.slot for request in self.running for b in request.live if not b.parked]
 
-    def _place(self, slot: int) -> int:
-        """Where in the rows a slot stands; of no meaning where they are to be listed anew."""
-        return int((self._rows == slot).argmax()) if not self._stale else 0
-
-    def _edit(self, start: int, end: int, slots: list[int]) -> None:
-        """Put `slots` in the place of rows `start` to `end`, in an array of its own."""
-        if self._stale:
-            return
-        rows, count = self._rows, len(slots)
-        self._rows = np.empty(rows.size - (end - start) + count, dtype=np.int64)
-        self._rows[:start] = rows[:start]
-        self._rows[start : start + count] = slots
-        self._rows[start + count :] = rows[end:]
-        self._groups = None
-        self._branches = []
+    def _edited(self) -> IntArray:
+        """The rows without those that are gone and with those that have come."""
+        rows, place = self._rows, self._place
+        if self._gone:
+            place[rows] = np.arange(rows.size)
+            kept = np.ones(rows.size, dtype=bool)
+            kept[place[self._gone]] = False
+            rows = rows[kept]
+        if not self._come:
+            return rows
+        come = np.array(self._come)
+        old, new = self.table.request[rows], self.table.request[come]
+        keys = np.arange(rows.size + come.size)
+        place[new] = rows.size
+        place[old] = keys[: rows.size]  # of a request's rows the last one is written last
+        keys[rows.size :] = place[new]
+        edited: IntArray = np.concatenate((rows, come))[keys.argsort(kind="stable")]
+        return edited
 
     def branches_at(self, slots: IntArray) -> list[Branch]:
         """The branches in `slots`; the list is the caller's."""

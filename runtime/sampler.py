@@ -25,6 +25,7 @@ everything banned) is reported in `SampleResult.failed`; the other rows are unaf
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -87,7 +88,7 @@ class Sampler:
         self._prompt_tokens = np.zeros(capacity, dtype=np.int32)
         self._min_tokens = np.zeros(capacity, dtype=np.int32)
         self._numbers = np.zeros((capacity, 4), dtype=np.float64)
-        self._prepared: list[PreparedParams | None] = [None] * capacity
+        self._prepared = np.full(capacity, None, dtype=object)
 
     def prepare(self, params: SamplingParams) -> PreparedParams:
         """Check a request's parameters against the vocabulary and convert them. Raises RequestError.
@@ -110,10 +111,19 @@ class Sampler:
         self._numbers[slot] = prepared.numbers
         self._prepared[slot] = prepared
 
-    def detach(self, slot: int) -> None:
-        """Take a slot from its branch. Idempotent."""
-        self._flags[slot] = 0
-        self._prepared[slot] = None
+    def inherit(self, children: IntArray, parents: IntArray, keys: Sequence[int]) -> None:
+        """Give slots `children` [n] to branches of the requests in slots `parents` [n]; `keys` as in `attach`."""
+        self._flags[children] = self._flags[parents] & ~MIN_TOKENS
+        self._keys[children] = np.array(keys, dtype=np.uint64)
+        self._prompt_tokens[children] = self._prompt_tokens[parents]
+        self._min_tokens[children] = 0
+        self._numbers[children] = self._numbers[parents]
+        self._prepared[children] = self._prepared[parents]
+
+    def detach(self, slots: IntArray) -> None:
+        """Take slots from their branches. Idempotent."""
+        self._flags[slots] = 0
+        self._prepared[slots] = None
 
     def is_greedy(self, slots: Int32Array | IntArray) -> BoolArray:
         """bool [L]: rows that take the largest logit instead of drawing."""
@@ -286,7 +296,7 @@ class Sampler:
                 penalise(logits[row], self._of(slot).params, path, int(self._prompt_tokens[slot]), self._exempt)
 
     def _of(self, slot: int | np.int32) -> PreparedParams:
-        prepared = self._prepared[slot]
+        prepared: PreparedParams | None = self._prepared[slot]
         assert prepared is not None  # flags are zero in a detached slot
         return prepared
 

@@ -129,7 +129,8 @@ class Scheduler:
 
     def finish_branch(self, branch: Branch, reason: FinishReason) -> bool:
         """End one branch between two steps; returns whether that ended its request."""
-        return self._lifecycle.finish_branch(branch, reason)
+        self._lifecycle.finish([branch], [reason], [False])
+        return branch.request.state is RequestState.FINISHED
 
     def preempt(self, request: Request) -> None:
         """Take a running request's blocks and queue it again; its branches keep their tokens."""

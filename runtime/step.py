@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+BoolArray = npt.NDArray[np.bool_]
 Int32Array = npt.NDArray[np.int32]
 IntArray = npt.NDArray[np.int64]
 """Indices on the host: NumPy takes them without conversion."""
