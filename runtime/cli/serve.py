@@ -242,7 +242,8 @@ def _parameters(options: argparse.Namespace, directory: Path, limits: Any) -> di
 
 def _gateway_settings(options: argparse.Namespace, directory: Path, keys: tuple[str, ...]) -> GatewaySettings:
     from apar.export.manifest import MANIFEST_NAME, Manifest
-    from apar.runtime.serving.gateway.settings import GatewaySettings
+    from apar.runtime.serving.file_limit import allow_connections
+    from apar.runtime.serving.gateway.settings import MAX_CONNECTIONS, GatewaySettings
 
     return GatewaySettings(
         model_name=options.model_name or Path(options.engine).resolve().name,
@@ -250,6 +251,7 @@ def _gateway_settings(options: argparse.Namespace, directory: Path, keys: tuple[
         created=int((directory / MANIFEST_NAME).stat().st_mtime),
         api_keys=keys,
         max_requests=options.max_requests,
+        max_connections=allow_connections(MAX_CONNECTIONS, options.max_requests),
         max_body_bytes=int(options.max_body_mb * (1 << 20)),
         deadline=options.deadline,
         idle_timeout=options.idle_timeout,

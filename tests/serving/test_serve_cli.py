@@ -100,6 +100,12 @@ class TestServe:
             assert main(["serve", str(tiny_engine), *options, "-q"]) == 1
             assert "choose another with --triton-grpc-port" in capsys.readouterr().err
 
+    def test_too_few_open_files(self, tiny_engine: Path) -> None:
+        command = f"ulimit -n 300; exec {sys.executable} -m apar.runtime.cli serve {tiny_engine} --port 0"
+        done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 1
+        assert "may hold only 300 files open, and 256 answers at once take 640" in done.stderr
+
     @pytest.mark.parametrize(
         ("options", "code", "said"),
         [

@@ -15,6 +15,9 @@ from apar.runtime.serving.gateway.app import Gateway
 LINGER_SECONDS = 2.0
 """How long a client that was refused before its body had come may go on sending it, and so get to read why."""
 
+BACKLOG = 1024
+"""Connections that may wait to be accepted; asyncio's own 100 lets a burst of clients wait for seconds."""
+
 
 def bind(host: str, port: int) -> socket.socket:
     """A listening socket; port 0 takes a free one. Raises ServingError where the address cannot be used."""
@@ -23,7 +26,7 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
-        listener.listen(1024)
+        listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
         raise ServingError(
@@ -70,7 +73,9 @@ class Listener:
         """Accept connections."""
         await self._runner.setup()
         self._gateway.seen = self._seen
-        self._server = await asyncio.get_running_loop().create_server(self._connection, sock=self._socket)
+        self._server = await asyncio.get_running_loop().create_server(
+            self._connection, sock=self._socket, backlog=BACKLOG
+        )
 
     async def refuse(self) -> None:
         """Accept no further connection; those that are there go on."""

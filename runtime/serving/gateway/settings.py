@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
+MAX_CONNECTIONS = 4096
+
+
 @dataclass(frozen=True, slots=True)
 class GatewaySettings:
     """Limits and names; seconds where not said otherwise. `docs/serving.md` has the reasons."""
@@ -30,4 +33,4 @@ class GatewaySettings:
     """For a request's body to arrive, and for the first request on a new connection."""
     keep_alive: float = 30.0
     """How long an unused connection stays open."""
-    max_connections: int = 4096
+    max_connections: int = MAX_CONNECTIONS
