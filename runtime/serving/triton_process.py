@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -27,6 +28,7 @@ LOOPBACK = "127.0.0.1"
 POLL_SECONDS = 0.05
 KILL_MARGIN_SECONDS = 3.0
 """How long after its own exit timeout a server is killed: with live streams it may crash and then hang for ever."""
+_OF_THE_SHELL = re.compile(r"[\s'\"`$&|;<>(){}\[\]*?!\\~#]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +96,9 @@ class TritonProcess:
     async def start(self) -> None:
         """Start the process; returns before it answers. Raises ServingError where it cannot be started."""
         settings = self.settings
+        _check_path(settings.repository, "the model repository", "choose another folder for it with TMPDIR")
+        if settings.server.backends is not None:
+            _check_path(settings.server.backends, "the server", "install it elsewhere ($APAR_CACHE), and name it")
         http, metrics = self._port("HTTP", settings.http_port), self._port("metrics", settings.metrics_port)
         grpc = None if settings.grpc_port is None else self._port("gRPC", settings.grpc_port)
         host = LOOPBACK if settings.address in ("0.0.0.0", "::") else settings.address
@@ -227,3 +232,12 @@ class TritonProcess:
                     f"choose another with --triton-{what.lower()}-port"
                 ) from error
             return int(probe.getsockname()[1])
+
+
+def _check_path(path: Path, what: str, remedy: str) -> None:
+    """Raise ServingError for a path that Triton's Python backend, which starts stubs with `bash -c`, takes apart."""
+    if found := _OF_THE_SHELL.search(str(path)):
+        raise ServingError(
+            f"{what} lies in {path}, and Triton's Python backend starts no model from a path with {found[0]!r} in it; "
+            f"{remedy}"
+        )

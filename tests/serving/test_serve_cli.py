@@ -100,6 +100,13 @@ class TestServe:
             assert main(["serve", str(tiny_engine), *options, "-q"]) == 1
             assert "choose another with --triton-grpc-port" in capsys.readouterr().err
 
+    def test_folders_that_the_servers_shell_takes_apart(self, tiny_engine: Path, tmp_path: Path) -> None:
+        folder = tmp_path / "two words"
+        folder.mkdir()
+        done = run("-m", "apar.runtime.cli", "serve", tiny_engine, "--port", "0", TMPDIR=str(folder))
+        assert done.returncode == 1 and not any(folder.iterdir())
+        assert "starts no model from a path with ' ' in it; choose another folder for it with TMPDIR" in done.stderr
+
     def test_too_few_open_files(self, tiny_engine: Path) -> None:
         command = f"ulimit -n 300; exec {sys.executable} -m apar.runtime.cli serve {tiny_engine} --port 0"
         done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60, check=False)
