@@ -90,11 +90,12 @@ class CatchingUp:
         return bool(level)
 
     def distrust(self, blocks: set[int]) -> None:
-        """Release every branch that found one of `blocks` in the prefix cache before it was filled."""
-        for request in self._listed:
+        """Release every branch that found one of `blocks` in the prefix cache before it was filled, and list it."""
+        for request in self.queues.running:
             for branch in request.live:
                 if blocks.intersection(self.table.blocks(branch.slot).tolist()):
                     self.blocks.release([branch])
+                    self.begin(request)
 
     def add_chunks(self, plan: Plan, most: int) -> None:
         """Add what is missing to a plan, at most `most` tokens, as far as its tokens, rows and the blocks allow."""

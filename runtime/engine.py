@@ -16,6 +16,7 @@ from apar.runtime.branch import Request
 from apar.runtime.device_logits import DeviceLogits
 from apar.runtime.executor.base import Executor
 from apar.runtime.fork_bans import BoolArray
+from apar.runtime.host_tier import HostTier
 from apar.runtime.kv_cache import KVCache
 from apar.runtime.limits import SchedulerLimits
 from apar.runtime.outputs import Logprob
@@ -49,7 +50,8 @@ class Engine:
         clock: seconds, never going back; deadlines and the service level are counted by it.
         step_cost: predicts steps for the fork policy `adaptive`; fitted to the steps that run unless given.
 
-    Raises CapacityError where tables of the limits' sizes do not fit into memory.
+    Raises CapacityError where tables of the limits' sizes do not fit into memory, or the executor has host blocks and
+    there is no prefix cache.
     """
 
     def __init__(
@@ -65,7 +67,13 @@ class Engine:
         manifest = executor.manifest
         self.executor = executor
         self.clock = clock
-        self.cache = KVCache(executor.num_blocks, manifest.block_size, limits.prefix_caching)
+        host = HostTier(executor.host_blocks) if executor.host_blocks else None
+        if host is not None and not limits.prefix_caching:
+            raise CapacityError(
+                "host blocks hold what the prefix cache evicts, and prefix_caching is off: turn it on, or give no "
+                "host_blocks"
+            )
+        self.cache = KVCache(executor.num_blocks, manifest.block_size, limits.prefix_caching, host)
         self.sampler = Sampler(manifest.decoder.vocab_size, manifest.tokens, limits.max_live_branches)
         self.step_cost = FittedStepCost() if step_cost is None else step_cost
         try:

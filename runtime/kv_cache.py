@@ -4,7 +4,8 @@ Nothing here touches K/V itself. A block is in exactly one of three states:
 - referenced: `references[b] > 0`, once for every block table that lists it (and every pending copy source);
 - cached: not referenced, but its content is known by a digest and may be revived by `match`;
 - free.
-Cached blocks are evicted least recently used first, only when no free block is left.
+Cached blocks are evicted least recently used first, only when no free block is left. Where there is a host tier
+(`host_tier`), what is evicted is kept there, and `match` brings it back.
 
 The digest of a full block chains over all tokens of its path (`chain_digest`), so equal digests mean
 equal paths. BLAKE2b with 128 bits makes an accidental or crafted collision infeasible.
@@ -14,11 +15,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from apar.export.errors import AparError
 from apar.runtime.step import BoolArray, Int32Array, IntArray
+
+if TYPE_CHECKING:
+    from apar.runtime.host_tier import HostTier
 
 ROOT_DIGEST = b""
 ONE = np.int32(1)
@@ -41,14 +46,18 @@ class KVCache:
         num_blocks: blocks in the pool.
         block_size: slots in a block.
         prefix_caching: keep released full blocks whose digest was registered until they are evicted.
+        host: keeps what is evicted.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, prefix_caching: bool = True) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, prefix_caching: bool = True, host: HostTier | None = None
+    ) -> None:
         if num_blocks < 1 or block_size < 1:
             raise KVCacheError(f"a KV pool needs at least one block of one slot, not {num_blocks} of {block_size}")
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.prefix_caching = prefix_caching
+        self.host = host
         self.references = np.zeros(num_blocks, dtype=np.int32)
         self._entry = np.empty(num_blocks, dtype=np.int64)
         self._free = np.arange(num_blocks - 1, -1, -1, dtype=np.int32)
@@ -144,11 +153,14 @@ class KVCache:
         return (~self._registered[blocks]).nonzero()[0]
 
     def forget(self, blocks: Iterable[int]) -> None:
-        """Remove blocks from the prefix cache because their content cannot be trusted."""
+        """Remove blocks from the prefix cache, and their copies in host memory, because their content cannot be
+        trusted."""
         for block in blocks:
             block = int(block)
             if self._registered[block]:
-                self._unregister(block)
+                digest = self._unregister(block)
+                if self.host is not None:
+                    self.host.forget(digest)
                 if self.references[block] == 0:
                     self._stamp[block] = -1
                     self._num_cached -= 1
@@ -156,7 +168,12 @@ class KVCache:
                     self._num_free += 1
 
     def match(self, digests: Sequence[bytes]) -> Int32Array:
-        """Reference and return the blocks of the longest run of known digests from the first on."""
+        """Reference and return the blocks of the longest run of known digests from the first on.
+
+        What only the host tier holds gets blocks, as far as some are available, which the next step fills.
+        """
+        if self.host is not None:
+            return self._match_tiers(digests, self.host)
         found: list[int] = []
         for digest in digests:
             block = self._block_of.get(digest)
@@ -165,15 +182,12 @@ class KVCache:
             found.append(block)
         blocks = np.array(found, dtype=np.int32)
         if found:
-            revived = blocks[self.references[blocks] == 0]
-            self._stamp[revived] = -1
-            self._num_cached -= revived.size
-            self.references[blocks] += 1
+            self._revive(blocks)
             self.hits += len(found)
         return blocks
 
     def known(self, digests: Sequence[bytes]) -> int:
-        """How many leading digests `match` would find, without taking anything."""
+        """How many leading digests `match` would find in the pool, without taking anything."""
         count = 0
         for digest in digests:
             if digest not in self._block_of:
@@ -215,6 +229,42 @@ class KVCache:
         live = self._ring_stamps[entries] == self._stamp[self._ring_blocks[entries]]
         if set(self._ring_blocks[entries][live].tolist()) != set(cached.tolist()):
             raise KVCacheError("the eviction order does not list exactly the cached blocks")
+        if self.host is not None:
+            self.host.check(self._block_of)
+
+    def _match_tiers(self, digests: Sequence[bytes], host: HostTier) -> Int32Array:
+        """`match` over the pool and the host tier."""
+        room = self.available
+        found: list[int] = []
+        for digest in digests:
+            block = self._block_of.get(digest, -1)
+            if block < 0 and digest not in host:
+                break
+            if block < 0 or self.references[block] == 0:
+                room -= 1
+                if room < 0:
+                    break
+            found.append(block)
+        blocks = np.array(found, dtype=np.int32)
+        self._revive(blocks[blocks >= 0])
+        self.hits += len(found)
+        away = np.flatnonzero(blocks < 0)
+        if away.size:
+            # All that was found is held fast before room is made: what is evicted for it is something else.
+            wanted = [digests[i] for i in away.tolist()]
+            hosts = host.pin(wanted)
+            blocks[away] = taken = self.allocate(away.size)
+            for block, digest in zip(taken.tolist(), wanted, strict=True):
+                self.register(block, digest)
+            host.bring_back(hosts, taken.tolist())
+        return blocks
+
+    def _revive(self, blocks: Int32Array) -> None:
+        """Reference registered blocks (distinct), cached ones or not."""
+        revived = blocks[self.references[blocks] == 0]
+        self._stamp[revived] = -1
+        self._num_cached -= revived.size
+        self.references[blocks] += 1
 
     def _retire(self, blocks: IntArray) -> None:
         """Append unreferenced registered blocks to the eviction order."""
@@ -246,8 +296,9 @@ class KVCache:
             live = np.flatnonzero(self._ring_stamps[self._ring_start : end] == self._stamp[blocks])[:count]
             victims = blocks[live].copy()
             self._ring_start = self._ring_start + int(live[-1]) + 1 if live.size == count else end
-            for block in victims.tolist():
-                self._unregister(block)
+            digests = [self._unregister(block) for block in victims.tolist()]
+            if self.host is not None:
+                self.host.keep(victims.tolist(), digests)
             self._stamp[victims] = -1
             self._free[self._num_free : self._num_free + victims.size] = victims
             self._num_free += victims.size
@@ -255,9 +306,11 @@ class KVCache:
             self.evictions += victims.size
             count -= victims.size
 
-    def _unregister(self, block: int) -> None:
+    def _unregister(self, block: int) -> bytes:
+        """Take a registered block out of the prefix cache; returns its digest."""
         digest = self._digests[block]
-        if digest is not None:
-            del self._block_of[digest]
+        assert digest is not None
+        del self._block_of[digest]
         self._digests[block] = None
         self._registered[block] = False
+        return digest

@@ -44,7 +44,7 @@ class LLM:
         executor: `auto`, `onnx`, `torch`, `tensorrt`, or `package.module:Class`.
         limits: sizes of the scheduler.
         draft: speculative decoding: `none` (default), `medusa`, `ngram`, or DraftOptions (docs/speculation.md).
-        options: of the executor, such as `num_blocks`, `kv_memory_bytes`, `threads`, `graph`.
+        options: of the executor, such as `num_blocks`, `kv_memory_bytes`, `host_blocks`, `threads`, `graph`.
 
     Raises EngineError, ExecutorError, TokenizerError or PluginError if the engine cannot be loaded.
     """

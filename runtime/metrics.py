@@ -112,12 +112,17 @@ class Metrics:
             "kv_blocks_shared": int(shared.size),
             "kv_blocks_saved": int(np.sum(shared, dtype=np.int64)) - int(shared.size),
             "kv_cache_usage": load["kv_blocks_used"] / total,
+            "host_blocks_total": load.get("host_blocks_total", 0),
+            "host_blocks_used": load.get("host_blocks_used", 0),
         }
         result.counters = {
             "prompt_tokens_total": self.prompt_tokens,
             "generation_tokens_total": self.generation_tokens,
             "prefix_cache_queries_total": self.prompt_tokens,
             "prefix_cache_hits_total": self.cached_tokens,
+            "host_cache_hits_total": load.get("host_hits", 0) * engine.cache.block_size,
+            "blocks_swapped_out_total": load.get("swapped_out", 0),
+            "blocks_swapped_in_total": load.get("swapped_in", 0),
             "forks_total": load["forks"],
             "num_preemptions_total": load["preemptions"],
             "branch_pauses_total": did.pauses,

@@ -192,6 +192,7 @@ class Scheduler:
             "forks": self.forks,
             "preemptions": self.preemptions,
             "prefix_cache_hits": self.cache.hits,
+            **({} if self.cache.host is None else self.cache.host.counters()),
             **({} if self.speculation is None else self.speculation.counters()),
         }
 
@@ -266,7 +267,10 @@ class Scheduler:
 
         requests: `requests_in` the step, if it raised after it had been booked.
         """
-        self.cache.forget(step.registered)
+        unsure = [*step.registered, *step.inputs.swap_in[:, 1].tolist()]
+        self.cache.forget(unsure)
+        if self.cache.host is not None:
+            self.cache.host.distrust(step.inputs.swap_out[:, 1].tolist())
         if requests is None:
             requests = self.requests_in(step)
             # Accepted drafts of branches that wait may have been moved in it.
@@ -275,7 +279,7 @@ class Scheduler:
         failed = [request for request in requests if request.state is not RequestState.FINISHED]
         for request in failed:
             self._lifecycle.fail(request, message)
-        self.catching.distrust(set(step.registered))
+        self.catching.distrust(set(unsure))
         return failed
 
     def _plan(self, rows: IntArray) -> Plan | None:
@@ -313,6 +317,8 @@ class Scheduler:
         if self.speculation is not None:
             moves = self.blocks.take_moves()
             plan.copies = np.concatenate((moves, plan.copies)) if moves.size else plan.copies
+        if self.cache.host is not None:
+            plan.swaps = self.cache.host.take_swaps()
         return plan
 
     def _reserve(self) -> int:

@@ -1,12 +1,12 @@
 """The step contract: what the host hands an executor for one step (docs/step-contract.md).
 
 T tokens, R rows, L wanted logits, G groups of siblings, MB width of the block table, C slot copies,
-W mask words. Every array is int32 and C-contiguous.
+O blocks swapped out, I blocks swapped in, W mask words. Every array is int32 and C-contiguous.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,9 @@ INPUT_NAMES = (
     "tree_mask",
     "logits_rows",
 )
+"""What every executor takes, and the engine's graph: all arrays but `swap_out` and `swap_in`."""
+
+NO_SWAPS: Int32Array = np.zeros((0, 2), dtype=np.int32)
 
 
 @dataclass(slots=True)
@@ -55,7 +58,7 @@ class StepInputs:
     slot_mapping: Int32Array
     """[T] slot that each token's K/V is written to; -1: padding, nothing is written, output unspecified."""
     slot_copies: Int32Array
-    """[C, 2] (source slot, target slot), done in every layer before anything else, as if all sources
+    """[C, 2] (source slot, target slot), done in every layer before any token is written, as if all sources
     were read before any target is written."""
     prefix_rows: Int32Array
     """[G + 1] group g of siblings = rows `prefix_rows[g]:prefix_rows[g + 1]`."""
@@ -65,3 +68,7 @@ class StepInputs:
     """[T, W] bit j % 32 of word j // 32: the row's j-th step token is visible to this one. W = 0: causal."""
     logits_rows: Int32Array
     """[L] indices into T of the tokens whose logits are wanted."""
+    swap_out: Int32Array = field(default_factory=lambda: NO_SWAPS)
+    """[O, 2] (block, host block), copied before everything else. Only for executors that offer host blocks."""
+    swap_in: Int32Array = field(default_factory=lambda: NO_SWAPS)
+    """[I, 2] (host block, block), copied after `swap_out` and `slot_copies`, before any token is written."""

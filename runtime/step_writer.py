@@ -12,7 +12,7 @@ from apar.runtime.fork_bans import BoolArray, ForkBans
 from apar.runtime.request_table import RequestTable
 from apar.runtime.row_groups import RowGroups
 from apar.runtime.speculative.row_drafts import RowDrafts
-from apar.runtime.step import Int32Array, IntArray, StepInputs
+from apar.runtime.step import NO_SWAPS, Int32Array, IntArray, StepInputs
 
 
 @dataclass(slots=True)
@@ -25,6 +25,8 @@ class Plan:
     registered: list[int] = field(default_factory=list)
     drafts: RowDrafts | None = None
     """Drafts of the rows; `counts` has their nodes."""
+    swaps: tuple[Int32Array, Int32Array] = (NO_SWAPS, NO_SWAPS)
+    """Blocks to copy to host memory and back: `swap_out`, `swap_in` of the step."""
 
 
 @dataclass(slots=True)
@@ -130,6 +132,8 @@ class StepWriter:
             prefix_blocks=self._shared_blocks(rows, groups),
             tree_mask=mask,
             logits_rows=last if drafts is None else np.concatenate((last, places.astype(np.int32))),
+            swap_out=plan.swaps[0],
+            swap_in=plan.swaps[1],
         )
         return Step(
             inputs=inputs,

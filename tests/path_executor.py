@@ -40,8 +40,9 @@ class PathExecutor(Executor):
 
     name = "path"
 
-    def __init__(self, num_blocks: int, block_size: int, max_context: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, max_context: int, host_blocks: int = 0) -> None:
         self.num_blocks = num_blocks
+        self.host_blocks = host_blocks
         self.detail = "test double"
         self.manifest = Manifest(
             decoder=DecoderConfig(
@@ -60,25 +61,44 @@ class PathExecutor(Executor):
             block_size=block_size,
         )
         self.slots = np.full(num_blocks * block_size, UNWRITTEN, dtype=np.int64)
+        self.host = np.full((host_blocks, block_size), UNWRITTEN, dtype=np.int64)
         self.fail_next = False
+        """The next step leaves garbage wherever it was to write, and raises."""
         self.poison: set[int] = set()
         """Prompt-starting tokens whose rows get NaN logits."""
         self.hidden: list[tuple[int, ...]] = []
         """Paths of the last step's logits."""
         self.computed_tokens = 0
+        self.swapped_in = 0
         self.block_reads = 0
 
     def execute(self, inputs: StepInputs) -> Float32Array:
+        size = self.manifest.block_size
+        blocks = self.slots.reshape(self.num_blocks, size)
         if self.fail_next:
             self.fail_next = False
+            self.host[inputs.swap_out[:, 1]] = UNWRITTEN
+            blocks[inputs.swap_in[:, 1]] = UNWRITTEN
+            self.slots[inputs.slot_copies[:, 1]] = UNWRITTEN
+            self.slots[inputs.slot_mapping] = UNWRITTEN
             raise RuntimeError("injected failure")
-        size = self.manifest.block_size
         rows = inputs.kv_len.size
         tokens = inputs.input_ids.size
         assert inputs.query_start[0] == 0 and inputs.query_start[-1] == tokens
         assert all(getattr(inputs, name).flags.c_contiguous for name in inputs.__slots__)
         assert all(getattr(inputs, name).dtype == np.int32 for name in inputs.__slots__)
+        for targets in (inputs.swap_out[:, 1], inputs.swap_in[:, 1], inputs.slot_copies[:, 1]):
+            assert np.unique(targets).size == targets.size, "something is copied to twice"
+        filled = set(inputs.swap_in[:, 1].tolist())
+        assert filled.isdisjoint((inputs.slot_copies[:, 1] // size).tolist()), (
+            "a slot is copied into a block swapped in"
+        )
+        assert filled.isdisjoint((inputs.slot_mapping // size).tolist()), "a token is written into a block swapped in"
+        self.host[inputs.swap_out[:, 1]] = blocks[inputs.swap_out[:, 0]]
         self.slots[inputs.slot_copies[:, 1]] = self.slots[inputs.slot_copies[:, 0]]
+        blocks[inputs.swap_in[:, 1]] = self.host[inputs.swap_in[:, 0]]
+        assert (self.host[inputs.swap_out[:, 1]] >= 0).all(), "a block is kept that was never full"
+        self.swapped_in += len(inputs.swap_in)
         assert len(set(inputs.slot_mapping.tolist())) == tokens, "two tokens write one slot"
         self.slots[inputs.slot_mapping] = inputs.input_ids
         self.computed_tokens += tokens

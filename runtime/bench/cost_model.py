@@ -1,6 +1,7 @@
 """How long a step would take on a device that is not here: a roofline over bytes and operations.
 
-    seconds = max(bytes moved / memory bandwidth, operations / compute rate) + overhead
+    seconds = max(bytes moved / memory bandwidth, operations / compute rate, bytes swapped out / host bandwidth)
+            + bytes swapped in / host bandwidth + overhead
 
 This is a model, not a measurement: kernels never overlap that perfectly, and small ones never reach either roof.
 It is good for comparing schedules, which move the same bytes in different steps.
@@ -38,6 +39,10 @@ class StepWork:
     """Slots copied: tails of parents' blocks."""
     pairs: int
     """(token, visible token) pairs of attention: the tokens attended."""
+    swapped_out: int = 0
+    """Tokens whose K/V is copied to host memory."""
+    swapped_in: int = 0
+    """Tokens whose K/V is copied back."""
 
     @classmethod
     def of(cls, inputs: StepInputs, block_size: int) -> StepWork:
@@ -51,7 +56,8 @@ class StepWork:
         shared = inputs.prefix_blocks.nonzero()[0]
         again = inputs.prefix_rows[shared + 1] - inputs.prefix_rows[shared] - 1
         kv_shared = block_size * int(inputs.prefix_blocks[shared] @ again)
-        return cls(rows, tokens, kv_read, kv_shared, len(inputs.slot_copies), pairs)
+        swapped = block_size * len(inputs.swap_out), block_size * len(inputs.swap_in)
+        return cls(rows, tokens, kv_read, kv_shared, len(inputs.slot_copies), pairs, *swapped)
 
     @classmethod
     def one_row(cls, tokens: int, kv_len: int) -> StepWork:
@@ -76,6 +82,9 @@ class CostModel:
     """Operations of attention for one (token, visible token) pair: 4 * 4096 * 32 layers."""
     flops_per_second: float = 790e12
     """Dense bfloat16, about 80 % of what is on paper."""
+    host_bytes_per_second: float = 50e9
+    """Between the device and pinned host memory: what copies reach of the 64 GB/s of PCIe 5 with 16 lanes. Blocks go
+    out while the step computes; it begins when those that come in are there."""
     overhead_seconds: float = 0.0003
     """Added to every step: host work and launches that nothing hides."""
     kv_pool_tokens: int = 215_000
@@ -111,7 +120,10 @@ class CostModel:
     def seconds(self, work: StepWork) -> float:
         """Duration of a step."""
         moving = self.moved_bytes(work) / self.memory_bytes_per_second
-        return max(moving, self.operations(work) / self.flops_per_second) + self.overhead_seconds
+        out, back = (
+            self.kv_bytes_per_token * n / self.host_bytes_per_second for n in (work.swapped_out, work.swapped_in)
+        )
+        return max(moving, self.operations(work) / self.flops_per_second, out) + back + self.overhead_seconds
 
     def predict(self, tokens: npt.ArrayLike, kv: npt.ArrayLike) -> Float64Array:
         """Duration of steps that compute `tokens` tokens, one a row, and read the K/V of `kv` tokens, elementwise."""

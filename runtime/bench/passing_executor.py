@@ -14,6 +14,7 @@ class PassingExecutor(Executor):
         self.name = executor.name
         self.manifest = executor.manifest
         self.num_blocks = executor.num_blocks
+        self.host_blocks = executor.host_blocks
         self.detail = executor.detail
         self.memory_bound_tokens = executor.memory_bound_tokens
         self.mixes_drafts = executor.mixes_drafts

@@ -57,6 +57,8 @@ class ReplayBench:
         workload: requests and their arrivals.
         model: duration of a step.
         kv_blocks, block_size: the KV pool; kv_blocks None: as many as the model says fit.
+        host_blocks: blocks of host memory that keep what the pool has no room for.
+        same_prompts: an answer that is given again was asked for with the same prompt; otherwise no prompt comes twice.
         limits: sizes of the scheduler, its fork policy, and the service level that counts as goodput.
 
     Raises CapacityError, RequestError or ExecutorError if these do not fit together or a tree is malformed.
@@ -69,6 +71,8 @@ class ReplayBench:
         *,
         kv_blocks: int | None = None,
         block_size: int = 16,
+        host_blocks: int = 0,
+        same_prompts: bool = False,
         limits: SchedulerLimits | None = None,
     ) -> None:
         if block_size < 1:
@@ -77,6 +81,8 @@ class ReplayBench:
         self.model = model
         self.limits = limits or SchedulerLimits()
         self.block_size = block_size
+        self.host_blocks = host_blocks
+        self.same_prompts = same_prompts
         self.kv_blocks = model.kv_pool_tokens // block_size if kv_blocks is None else kv_blocks
         context = workload.longest_path
         if self.kv_blocks * block_size < context:
@@ -84,7 +90,13 @@ class ReplayBench:
                 f"{self.kv_blocks} KV blocks of {block_size} do not hold the longest answer of {workload.name}: "
                 f"it takes {-(-context // block_size)}"
             )
-        replay = ReplayExecutor(workload.trees, num_blocks=self.kv_blocks, block_size=block_size, max_context=context)
+        replay = ReplayExecutor(
+            workload.trees,
+            num_blocks=self.kv_blocks,
+            host_blocks=host_blocks,
+            block_size=block_size,
+            max_context=context,
+        )
         self._replay = replay
         self.executor = VirtualExecutor(replay, model)
         self.engine = self.executor.engine = Engine(
@@ -133,7 +145,8 @@ class ReplayBench:
         tree = self.workload.order[index]
         name = str(index)
         # Another salt for every request: the prefix cache finds nothing of one prompt in another.
-        request = self.engine.submit(name, self._replay.replay_prompt(tree, index), self._params, arrived=arrived)
+        prompt = self._replay.replay_prompt(tree, 0 if self.same_prompts else index)
+        request = self.engine.submit(name, prompt, self._params, arrived=arrived)
         reply = Reply(request, tree, arrived, text_tokens(self.workload.trees[tree]))
         self.replies.append(reply)
         self._open[name] = reply
@@ -163,7 +176,7 @@ class ReplayBench:
     def _result(self) -> dict[str, Any]:
         """Everything that was counted, as JSON goes. Times are seconds of the virtual clock."""
         replies, records = self.replies, self.executor.records
-        counters = self.engine.scheduler.counters
+        counters, host = self.engine.scheduler.counters, self.engine.cache.host
         seconds = np.array([record.seconds for record in records])
         blocks = np.array([record.blocks for record in records])
         saved = np.array([record.listed - record.blocks for record in records])
@@ -173,6 +186,7 @@ class ReplayBench:
         request_steps = sum(reply.steps for reply in replies)
         forked = [reply for reply in replies if forks(self.workload.trees[reply.tree])]
         good = self._within_service_level()
+        cached = sum(reply.request.cached_tokens for reply in replies)
         return {
             "bench": "replay",
             "settings": self._settings(),
@@ -194,6 +208,8 @@ class ReplayBench:
             "mean_blocks": float(np.average(blocks, weights=seconds)),
             "blocks_saved": {"peak": int(saved.max()), "mean": float(np.average(saved, weights=seconds))},
             "tokens_computed": sum(work.tokens for work in works),
+            "tokens_cached": cached,
+            "tokens_recomputed": sum(work.tokens for work in works) + cached - sum(map(_undisturbed, replies)),
             "tokens_attended": sum(work.pairs for work in works),
             "kv_tokens_of_rows": sum(work.kv_read for work in works),
             "kv_tokens_read": sum(work.kv_read - work.kv_shared * self.model.shared_prefix_reads for work in works),
@@ -201,6 +217,8 @@ class ReplayBench:
             "forks_denied": dict(sorted(counters.forks_denied.items())),
             "pauses": counters.pauses,
             "preemptions": counters.preemptions,
+            "blocks_swapped_out": 0 if host is None else host.swapped_out,
+            "blocks_swapped_in": 0 if host is None else host.swapped_in,
         }
 
     def _within_service_level(self) -> list[bool]:
@@ -223,12 +241,22 @@ class ReplayBench:
             "seed": self.workload.seed,
             "fork_policy": self.limits.fork_policy,
             "kv_blocks": self.kv_blocks,
+            "host_blocks": self.host_blocks,
+            "same_prompts": self.same_prompts,
             "block_size": self.block_size,
             "max_rows": self.limits.max_rows,
             "max_step_tokens": self.limits.max_step_tokens,
             "service_level": dataclasses.asdict(self.limits.service_level),
             "cost_model": dataclasses.asdict(self.model),
         }
+
+
+def _undisturbed(reply: Reply) -> int:
+    """Tokens that a request computes if nothing of it is ever computed again: the prompt, of every branch all that it
+    sampled but the last, and a child's [Fork] and [Child]."""
+    branches = reply.request.branches
+    said = sum(len(branch.tokens) + branch.end_dropped for branch in branches)
+    return len(reply.request.prompt) + said - len(branches) + 2 * (len(branches) - 1)
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:

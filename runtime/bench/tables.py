@@ -146,6 +146,12 @@ def show_replay(result: Result, console: Console | None = None) -> None:
         ("preemptions", f"{result['preemptions']:,d}", ""),
     ):
         table.add_row(*row)
+    if chosen["same_prompts"]:
+        table.add_row("prompt tokens found in the cache", f"{result['tokens_cached']:,d}", "")
+    if chosen["host_blocks"]:
+        swapped = f"{result['blocks_swapped_in']:,d} back, over {chosen['host_blocks']:,d} host blocks"
+        table.add_row("blocks swapped out", f"{result['blocks_swapped_out']:,d}", swapped)
+        table.add_row("tokens computed again", f"{result['tokens_recomputed']:,d}", "")
     console.print(table)
     console.print(escape(f"times are those of the cost model {model['name']}, not of a device"))
 

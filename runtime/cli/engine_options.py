@@ -67,6 +67,15 @@ def add_engine_options(parser: Parser, required: bool = True) -> None:
         help="blocks in the KV pool (default: eight full contexts, at most a quarter of the free memory)",
     )
     pool.add_argument("--kv-memory-mb", type=whole(1), metavar="MB", help="the same by its size in MiB")
+    host = group.add_mutually_exclusive_group()
+    host.add_argument(
+        "--host-blocks",
+        type=whole(0),
+        metavar="N",
+        help="torch only: blocks in host memory that keep what the KV pool has no room for, preempted answers among "
+        "it; it comes back by a copy instead of being computed again (default: 0)",
+    )
+    host.add_argument("--kv-host-memory-mb", type=whole(0), metavar="MB", help="the same by its size in MiB")
     group.add_argument(
         "--max-rows", type=whole(1), default=DEFAULT_ROWS, metavar="N", help="branches in one step, over all prompts"
     )
@@ -132,6 +141,10 @@ def executor_options(options: argparse.Namespace) -> dict[str, Any]:
         found["num_blocks"] = options.num_blocks
     if options.kv_memory_mb is not None:
         found["kv_memory_bytes"] = options.kv_memory_mb << 20
+    if options.host_blocks is not None:
+        found["host_blocks"] = options.host_blocks
+    if options.kv_host_memory_mb is not None:
+        found["kv_host_memory_bytes"] = options.kv_host_memory_mb << 20
     return found
 
 
@@ -145,6 +158,8 @@ def engine_arguments(options: argparse.Namespace) -> list[str]:
         "threads",
         "num_blocks",
         "kv_memory_mb",
+        "host_blocks",
+        "kv_host_memory_mb",
         "max_rows",
         "max_step_tokens",
     ]

@@ -230,11 +230,16 @@ def _parameters(options: argparse.Namespace, directory: Path, limits: Any) -> di
         parameters["draft_options"] = json.dumps({name: value for name, value in given.items() if value is not None})
     found = executor_options(options)
     blocks, memory = found.pop("num_blocks", None), found.pop("kv_memory_bytes", None)
+    host_blocks, host_memory = found.pop("host_blocks", None), found.pop("kv_host_memory_bytes", None)
     parameters |= {name: found.pop(name) for name in ("device", "weights") if name in found}
     if blocks is not None:
         parameters["num_blocks"] = str(blocks)
     if memory is not None:
         parameters["kv_memory_mb"] = str(options.kv_memory_mb)
+    if host_blocks is not None:
+        parameters["host_blocks"] = str(host_blocks)
+    if host_memory is not None:
+        parameters["kv_host_memory_mb"] = str(options.kv_host_memory_mb)
     if found:
         parameters["executor_options"] = json.dumps(found)
     return parameters

@@ -20,6 +20,13 @@ EXECUTORS = {
 }
 
 
+HOST_OPTIONS = ("host_blocks", "kv_host_memory_bytes")
+_NO_HOST_BLOCKS = {
+    "onnx": "its KV pool is in host memory already; give that more with num_blocks or kv_memory_bytes",
+    "tensorrt": "what is evicted is computed again; the torch executor offers them",
+}
+
+
 def load_executor(engine: Path, name: str = "auto", *, room: tuple[int, int] | None = None, **options: Any) -> Executor:
     """Load an engine directory with the executor called `name`; "auto" is what suits the engine and this machine
     (`choice`).
@@ -39,6 +46,10 @@ def load_executor(engine: Path, name: str = "auto", *, room: tuple[int, int] | N
         device = options.pop("device", "auto")
         if device not in ("auto", "cpu"):
             raise ExecutorError(f"the onnx executor runs on the CPU, not on {device!r}; use the torch executor")
+    if name in _NO_HOST_BLOCKS:
+        given = [option for option in HOST_OPTIONS if options.pop(option, None)]
+        if given:
+            raise ExecutorError(f"{given[0]}: the {name} executor offers no host blocks, {_NO_HOST_BLOCKS[name]}")
     if name == "torch" and room is not None:
         options = {"max_rows": room[0], "max_step_tokens": room[1]} | options
     module, attribute = EXECUTORS.get(name) or name.partition(":")[::2]

@@ -21,6 +21,7 @@ class Executor(ABC):
         name: the backend's name, as `--executor` takes it.
         manifest: the engine's manifest.
         num_blocks: blocks in the KV pool; valid block ids are 0..num_blocks-1.
+        host_blocks: blocks in host memory that `swap_out` and `swap_in` may name, 0..host_blocks-1; 0: none.
         detail: one line for people: graph, library, threads, pool size.
 
     Engines with Medusa heads (`manifest.draft_heads`) can also give draft logits: `load_draft_heads` once, then
@@ -30,6 +31,7 @@ class Executor(ABC):
     name: str
     manifest: Manifest
     num_blocks: int
+    host_blocks: int = 0
     detail: str
     memory_bound_tokens: int = 16
     """Tokens that a step may have before it costs noticeably more than one: what drafts may fill up. About the

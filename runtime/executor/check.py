@@ -10,7 +10,7 @@ from apar.runtime.step import INPUT_NAMES, Int32Array, StepInputs
 _RANKS = {"block_table": 2, "slot_copies": 2, "tree_mask": 2}
 
 
-def check_step(inputs: StepInputs, *, num_blocks: int, block_size: int, vocab_size: int) -> None:
+def check_step(inputs: StepInputs, *, num_blocks: int, block_size: int, vocab_size: int, host_blocks: int = 0) -> None:
     """Raise ExecutorError unless every index of `inputs` is in bounds and no slot has two writers."""
     for name in INPUT_NAMES:
         array = getattr(inputs, name)
@@ -51,6 +51,27 @@ def check_step(inputs: StepInputs, *, num_blocks: int, block_size: int, vocab_si
             ordered = np.sort(targets)
             if ((ordered[1:] == ordered[:-1]) & (ordered[1:] >= 0)).any():
                 raise ExecutorError(f"{name} writes a slot twice")
+    check_swaps(inputs, num_blocks=num_blocks, host_blocks=host_blocks)
+
+
+def check_swaps(inputs: StepInputs, *, num_blocks: int, host_blocks: int = 0) -> None:
+    """Raise ExecutorError unless `swap_out` and `swap_in` name blocks that there are, and none as a target twice."""
+    if not (inputs.swap_out.size or inputs.swap_in.size):
+        return
+    for name, pairs, source, target in (
+        ("swap_out", inputs.swap_out, num_blocks, host_blocks),
+        ("swap_in", inputs.swap_in, host_blocks, num_blocks),
+    ):
+        if not pairs.size:
+            continue
+        if not host_blocks:
+            raise ExecutorError(f"the step has {name}, and the executor offers no host blocks")
+        if pairs.dtype != np.int32 or pairs.ndim != 2 or pairs.shape[1] != 2:
+            raise ExecutorError(f"{name} must be int32 with two columns, not {pairs.dtype} of shape {pairs.shape}")
+        _bounds(f"{name} (from)", pairs[:, 0], 0, source)
+        _bounds(f"{name} (to)", pairs[:, 1], 0, target)
+        if np.unique(pairs[:, 1]).size != len(pairs):
+            raise ExecutorError(f"{name} writes a block twice")
 
 
 def padding_free(inputs: StepInputs) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:

@@ -29,7 +29,7 @@ from apar.export.manifest import (
     Manifest,
 )
 from apar.runtime.executor.base import NO_HEADS_REMEDY, Executor
-from apar.runtime.executor.check import check_step
+from apar.runtime.executor.check import check_step, check_swaps
 from apar.runtime.executor.pool import pool_blocks
 from apar.runtime.executor.portable import portable_inputs
 from apar.runtime.executor.threads import MAX_THREADS, default_threads
@@ -131,6 +131,7 @@ class OnnxExecutor(Executor):
             raise ExecutorError("the onnx executor is closed")
         decoder = self.manifest.decoder
         if self.graph == "native":  # its kernels check the step themselves
+            check_swaps(inputs, num_blocks=self.num_blocks)
             tensors: Mapping[str, npt.NDArray[np.generic]] = {name: getattr(inputs, name) for name in INPUT_NAMES}
         else:
             size = self.manifest.block_size

@@ -1,4 +1,4 @@
-"""How many blocks a KV pool gets when nobody says so."""
+"""How many blocks a KV pool gets when nobody says so, and how many host blocks it gets beside it."""
 
 from __future__ import annotations
 
@@ -54,3 +54,34 @@ def pool_blocks(manifest: Manifest, kv_dtype: str, num_blocks: int | None, kv_me
     if num_blocks * manifest.block_size > MAX_SLOTS:
         raise ExecutorError(f"{num_blocks} blocks of {manifest.block_size} tokens are more than {MAX_SLOTS} slots")
     return num_blocks
+
+
+def host_pool_blocks(
+    manifest: Manifest, kv_dtype: str, host_blocks: int | None, kv_host_memory_bytes: int | None
+) -> int:
+    """Host blocks beside a pool: `host_blocks` if given, else what fits `kv_host_memory_bytes`, else none.
+
+    Raises ExecutorError if both are given, or a number is not usable.
+    """
+    if host_blocks is not None and kv_host_memory_bytes is not None:
+        raise ExecutorError("give host_blocks or kv_host_memory_bytes, not both")
+    if host_blocks is None and kv_host_memory_bytes is None:
+        return 0
+    block_bytes = manifest.decoder.kv_bytes_per_token(kv_dtype) * manifest.block_size
+    if kv_host_memory_bytes is not None:
+        host_blocks = kv_host_memory_bytes // block_bytes
+        if 0 < kv_host_memory_bytes < block_bytes:
+            raise ExecutorError(
+                f"one block of {manifest.block_size} tokens takes {block_bytes} bytes over all layers, which is more "
+                f"than the {kv_host_memory_bytes} bytes for host blocks; give more with kv_host_memory_bytes"
+            )
+    assert host_blocks is not None
+    if host_blocks < 0:
+        raise ExecutorError(f"host_blocks must be at least 0, not {host_blocks}")
+    available = available_memory()
+    if host_blocks * block_bytes > available:
+        raise ExecutorError(
+            f"{host_blocks} host blocks take {host_blocks * block_bytes / 1e9:.1f} GB, and {available / 1e9:.1f} GB of "
+            "memory are free; give fewer"
+        )
+    return host_blocks

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,7 @@ import numpy.typing as npt
 from apar.export.errors import ExecutorError
 from apar.export.manifest import DecoderConfig, Manifest, TokenIds
 from apar.runtime.executor.base import Executor
+from apar.runtime.executor.check import check_swaps
 from apar.runtime.executor.replay_script import BOS, CHILD, EMPTY, EOS, FORK, OFF, PAD, Script, Tree
 from apar.runtime.executor.tree_mask import parents
 from apar.runtime.step import Float32Array, Int32Array, StepInputs
@@ -43,6 +45,7 @@ class ReplayExecutor(Executor):
         trees: Sequence[Tree],
         *,
         num_blocks: int = 4096,
+        host_blocks: int = 0,
         block_size: int = 16,
         vocab_size: int = 64,
         max_context: int = 4096,
@@ -51,6 +54,7 @@ class ReplayExecutor(Executor):
     ) -> None:
         """Prepare to replay `trees` (`{"prompt_tokens": int, "segments": [[main, detail], ...]}`).
 
+        host_blocks: blocks that steps can swap out to.
         verify_paths: check every slot of every row's path at each step (about 10 ns a slot), not only the
             predecessors of the step's tokens.
         step_seconds: least duration of a step, to stand in for a model's.
@@ -58,10 +62,13 @@ class ReplayExecutor(Executor):
         """
         if num_blocks < 1 or block_size < 1:
             raise ExecutorError(f"the pool needs at least one block of one slot, not {num_blocks} of {block_size}")
+        if host_blocks < 0:
+            raise ExecutorError(f"host_blocks must be at least 0, not {host_blocks}")
         self._script = Script(trees, vocab_size)
         self._verify_paths = verify_paths
         self._step_seconds = step_seconds
         self.num_blocks = num_blocks
+        self.host_blocks = host_blocks
         self.manifest = Manifest(
             decoder=DecoderConfig(
                 vocab_size=vocab_size,
@@ -86,6 +93,8 @@ class ReplayExecutor(Executor):
         self._position = np.zeros(slots, np.int32)
         self._hash = np.zeros(slots, np.uint64)
         self._owner = np.zeros(slots, np.int32)
+        # Of every record, the part that host blocks hold.
+        self._host = [np.zeros((host_blocks, block_size), pool.dtype) for pool in self._records()]
         self._logits = np.zeros((64, vocab_size), np.float32)
         self._steps = 0
         self._closed = False
@@ -99,7 +108,13 @@ class ReplayExecutor(Executor):
         if self._closed:
             raise ExecutorError("the replay executor is closed")
         started = time.perf_counter() if self._step_seconds else 0.0
+        swaps = inputs.swap_out.size or inputs.swap_in.size
+        if swaps:
+            check_swaps(inputs, num_blocks=self.num_blocks, host_blocks=self.host_blocks)
+            self._swap(inputs.swap_out, outward=True)
         self._copy_slots(inputs.slot_copies)
+        if swaps:
+            self._swap(inputs.swap_in, outward=False)
         count = np.diff(inputs.query_start)
         first_index = inputs.kv_len - count
         real = inputs.slot_mapping >= 0
@@ -122,6 +137,20 @@ class ReplayExecutor(Executor):
         empty = np.zeros(0, np.int32)
         self._state = self._token = self._position = self._owner = empty
         self._hash = np.zeros(0, np.uint64)
+        self._host.clear()
+
+    def _records(self) -> tuple[npt.NDArray[Any], ...]:
+        """What a slot holds: state, token, position, hash of the path."""
+        return self._state, self._token, self._position, self._hash
+
+    def _swap(self, pairs: Int32Array, outward: bool) -> None:
+        source, target = pairs[:, 0], pairs[:, 1]
+        for pool, host in zip(self._records(), self._host, strict=True):
+            blocks = pool.reshape(self.num_blocks, -1)
+            if outward:
+                host[target] = blocks[source]
+            else:
+                blocks[target] = host[source]
 
     def _copy_slots(self, copies: Int32Array) -> None:
         if not copies.size:
@@ -131,7 +160,7 @@ class ReplayExecutor(Executor):
         source, target = copies[:, 0], copies[:, 1]
         if np.unique(target).size != target.size:
             raise ExecutorError("slot_copies write a slot twice")
-        for pool in (self._state, self._token, self._position, self._hash):
+        for pool in self._records():
             pool[target] = pool[source]
 
     def _check_slots(self, inputs: StepInputs, row: IndexArray, index: IndexArray, real: npt.NDArray[np.bool_]) -> None:

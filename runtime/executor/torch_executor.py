@@ -16,7 +16,7 @@ from apar.export.manifest_rules import KV_DTYPES
 from apar.runtime.executor.base import NO_HEADS_REMEDY, Executor
 from apar.runtime.executor.check import check_step, padding_free
 from apar.runtime.executor.model import Model
-from apar.runtime.executor.pool import pool_blocks
+from apar.runtime.executor.pool import host_pool_blocks, pool_blocks
 from apar.runtime.step import Float32Array, IntArray, StepInputs
 
 try:
@@ -53,6 +53,10 @@ class _Plan:
     """[T'] their slots."""
     copy_source: Tensor
     copy_target: Tensor
+    swap_out: Tensor
+    """[O, 2] (block, host block)."""
+    swap_in: Tensor
+    """[I, 2] (host block, block)."""
     rows: list[_Row]
 
 
@@ -68,11 +72,15 @@ class TorchExecutor(Executor):
         *,
         num_blocks: int | None = None,
         kv_memory_bytes: int | None = None,
+        host_blocks: int | None = None,
+        kv_host_memory_bytes: int | None = None,
         kv_dtype: str = "float32",
     ) -> None:
         """Load the weights of an engine directory, or take a model that is in memory.
 
         num_blocks, kv_memory_bytes: size of the KV pool; see `pool_blocks`.
+        host_blocks, kv_host_memory_bytes: blocks to swap out to, none by default. The pool is in the same memory: they
+            are for tests of what swaps.
         kv_dtype: "float32", or "float16" to round keys and values as such a pool does.
         Raises EngineError for a damaged engine, ExecutorError for options that do not fit.
         """
@@ -90,10 +98,18 @@ class TorchExecutor(Executor):
             for name, array in model.weights.items()
         }
         self._inv_freq = torch.tensor(decoder.rope_inv_freq, dtype=torch.float32, device=self._device)
-        shape = (2, self.num_blocks, decoder.num_kv_heads, self.manifest.block_size, decoder.head_dim)
-        self._pools = [
-            torch.zeros(shape, dtype=getattr(torch, kv_dtype), device=self._device) for _ in range(decoder.num_layers)
-        ]
+        self.host_blocks = host_pool_blocks(self.manifest, kv_dtype, host_blocks, kv_host_memory_bytes)
+        self._pools, self._host_pools = (
+            [
+                torch.zeros(
+                    (2, blocks, decoder.num_kv_heads, self.manifest.block_size, decoder.head_dim),
+                    dtype=getattr(torch, kv_dtype),
+                    device=self._device,
+                )
+                for _ in range(decoder.num_layers)
+            ]
+            for blocks in (self.num_blocks, self.host_blocks)
+        )
         self._lm_head = "lm_head" if "lm_head.weight" in self._weights else "embed"
         self._wanted = torch.empty(0, decoder.hidden_size)
         self._closed = False
@@ -112,6 +128,7 @@ class TorchExecutor(Executor):
             num_blocks=self.num_blocks,
             block_size=self.manifest.block_size,
             vocab_size=decoder.vocab_size,
+            host_blocks=self.host_blocks,
         )
         try:
             with torch.inference_mode():
@@ -144,10 +161,13 @@ class TorchExecutor(Executor):
         self._closed = True
         self._weights.clear()
         self._pools.clear()
+        self._host_pools.clear()
 
     def _forward(self, inputs: StepInputs) -> Float32Array:
         plan = self._plan(inputs)
         hidden = self._weights["embed.weight"][self._index(inputs.input_ids)]
+        for pool, host in zip(self._pools, self._host_pools, strict=True):
+            _copy(pool, host, plan, self.manifest.block_size)
         for layer, pool in enumerate(self._pools):
             prefix = f"layers.{layer}."
             normed = self._norm(hidden, prefix + "input_norm.weight")
@@ -189,6 +209,8 @@ class TorchExecutor(Executor):
             slots=self._index(inputs.slot_mapping[written]),
             copy_source=self._index(inputs.slot_copies[:, 0]),
             copy_target=self._index(inputs.slot_copies[:, 1]),
+            swap_out=self._index(inputs.swap_out),
+            swap_in=self._index(inputs.swap_in),
             rows=rows,
         )
 
@@ -210,9 +232,6 @@ class TorchExecutor(Executor):
         decoder = self.manifest.decoder
         heads, kv_heads, dim = decoder.num_heads, decoder.num_kv_heads, decoder.head_dim
         size = self.manifest.block_size
-        if plan.copy_source.numel():
-            source, target = plan.copy_source, plan.copy_target
-            pool[:, target // size, :, target % size] = pool[:, source // size, :, source % size]
         q, k, v = qkv.unflatten(-1, (heads + 2 * kv_heads, dim)).split((heads, kv_heads, kv_heads), 1)
         q, k = (x * plan.cos + _rotate_half(x) * plan.sin for x in (q, k))
         block, offset = plan.slots // size, plan.slots % size
@@ -228,6 +247,19 @@ class TorchExecutor(Executor):
             weights = scores.masked_fill(~row.visible, -torch.inf).softmax(-1).nan_to_num(0.0)
             out[row.tokens] = (weights @ values[:, None]).permute(2, 0, 1, 3).flatten(1, 2)
         return out.flatten(1)
+
+
+def _copy(pool: Tensor, host: Tensor, plan: _Plan, size: int) -> None:
+    """Blocks out of the `pool` [2, B, kv_heads, block_size, D] of a layer, slots within it, blocks back."""
+    if plan.swap_out.numel():
+        block, kept = plan.swap_out.unbind(1)
+        host[:, kept] = pool[:, block]
+    if plan.copy_source.numel():
+        source, target = plan.copy_source, plan.copy_target
+        pool[:, target // size, :, target % size] = pool[:, source // size, :, source % size]
+    if plan.swap_in.numel():
+        kept, block = plan.swap_in.unbind(1)
+        pool[:, block] = host[:, kept]
 
 
 def _rotate_half(x: Tensor) -> Tensor:

@@ -16,17 +16,32 @@ from drafting import RandomDrafter, random_tree, speculate
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from path_executor import PathExecutor, reference_tree, shape
+from path_executor import UNWRITTEN, PathExecutor, reference_tree, shape
 
+from apar.runtime import branch_blocks
 from apar.runtime.branch import Request, RequestState
 from apar.runtime.engine import Engine
+from apar.runtime.kv_cache import chain_digest
 from apar.runtime.limits import SchedulerLimits
 from apar.runtime.sampling_params import SamplingParams
 from apar.runtime.service_level import ServiceLevel
+from apar.runtime.step import Int32Array
 from apar.runtime.step_cost import Float64Array, StepCost
 
 CONTEXT = 64
+TOKENS_OF: dict[bytes, list[int]] = {}
+"""Of every digest that was ever made, the tokens of its block."""
 HEADS = [np.random.default_rng(seed).integers(3, 20, size=20).tolist() for seed in range(3)]
+
+
+@pytest.fixture(autouse=True)
+def remember_digests(monkeypatch: pytest.MonkeyPatch) -> None:
+    def remembering(parent: bytes, tokens: Int32Array) -> bytes:
+        digest = chain_digest(parent, tokens)
+        TOKENS_OF[digest] = tokens.tolist()
+        return digest
+
+    monkeypatch.setattr(branch_blocks, "chain_digest", remembering)
 
 
 class SlowSteps(StepCost):
@@ -52,6 +67,7 @@ class BranchesAndBlocks(RuleBasedStateMachine):
         drafts=st.none()
         | st.tuples(st.integers(1, 40), st.sampled_from([0.3, 0.8, 1.0]), st.sampled_from([4, 16, 200])),
         adaptive=st.booleans(),
+        host=st.sampled_from([0, 1, 5, 40]),
     )
     def start(
         self,
@@ -61,6 +77,7 @@ class BranchesAndBlocks(RuleBasedStateMachine):
         caching: bool,
         drafts: tuple[int, float, int] | None,
         adaptive: bool,
+        host: int,
     ) -> None:
         limits = SchedulerLimits(
             max_rows=rows,
@@ -70,7 +87,7 @@ class BranchesAndBlocks(RuleBasedStateMachine):
             fork_policy="adaptive" if adaptive else "always",
             service_level=ServiceLevel(first_token_seconds=8.0, latency_factor=1.5),
         )
-        self.executor = PathExecutor(CONTEXT // block_size + spare, block_size, CONTEXT)
+        self.executor = PathExecutor(CONTEXT // block_size + spare, block_size, CONTEXT, host if caching else 0)
         self.now = 0.0
         self.engine = Engine(self.executor, limits, clock=lambda: self.now, step_cost=SlowSteps())
         if drafts is not None:
@@ -115,7 +132,11 @@ class BranchesAndBlocks(RuleBasedStateMachine):
         # Blocks that nobody holds or knows may be overwritten by anything.
         books = self.engine.cache
         unknown = (books.references == 0) & ~books._registered
-        self.executor.slots.reshape(books.num_blocks, -1)[unknown] = -7
+        if books.host is not None:
+            unknown[list(books.host._out.values())] = False  # unless the next step is to copy them out
+        self.executor.slots.reshape(books.num_blocks, -1)[unknown] = UNWRITTEN
+        if books.host is not None:
+            self.executor.host[books.host._free] = UNWRITTEN
         self.operations += 1
 
     @rule(data=st.data())
@@ -143,10 +164,32 @@ class BranchesAndBlocks(RuleBasedStateMachine):
         self.engine.scheduler.finish_branch(branch, "stop_string")
         self.operations += 1
 
+    @rule(count=st.integers(1, 12))
+    @precondition(lambda self: self.engine.cache.num_cached > 0)
+    def evict(self, count: int) -> None:
+        """What a step does that needs many blocks; those that a host tier keeps go to it with the next step."""
+        books = self.engine.cache
+        books.release(books.allocate(min(books._num_free + count, books.available)))
+        self.operations += 1
+
     @invariant()
     def books_balance(self) -> None:
         if hasattr(self, "engine"):
             self.engine.scheduler.check()
+            self.check_contents()
+
+    def check_contents(self) -> None:
+        """What either tier holds under a digest is that block of that path, unless the next step is to bring it."""
+        books = self.engine.cache
+        host = books.host
+        coming = set() if host is None else set(host._in.values())
+        blocks = self.executor.slots.reshape(books.num_blocks, -1)
+        for digest, block in books._block_of.items():
+            assert block in coming or blocks[block].tolist() == TOKENS_OF[digest]
+        if host is not None:
+            for digest, block in host._held.items():
+                found = blocks[host._out[block]] if block in host._out else self.executor.host[block]
+                assert found.tolist() == TOKENS_OF[digest]
 
     def teardown(self) -> None:
         if not hasattr(self, "engine"):
@@ -203,6 +246,7 @@ def test_a_million_operations(part: int) -> None:
             bool(random.integers(2)),
             (int(random.integers(1, 41)), float(random.choice([0.3, 0.8, 1.0])), int(random.choice([4, 16, 200]))),
             bool(random.integers(2)),
+            int(random.choice([0, 1, 5, 40])),
         )
         scheduler = machine.engine.scheduler
         for _ in range(400):
@@ -224,6 +268,8 @@ def test_a_million_operations(part: int) -> None:
                 else:
                     scheduler.finish_branch(request.live[int(random.integers(len(request.live)))], "stop_string")
                 machine.operations += 1
+            if machine.engine.cache.num_cached and random.random() < 0.1:
+                machine.evict(int(random.integers(1, 13)))
             machine.books_balance()
         machine.teardown()
         done += machine.operations

@@ -33,15 +33,20 @@ def test_engine_options_reach_the_service() -> None:
     parser = Parser(prog="test")
     add_engine_options(parser)
     given = {"--executor": "onnx", "--graph": "portable", "--threads": "3", "--num-blocks": "7", "--max-rows": "9"}
-    given |= {"--device": "cpu", "--weights": "fp8"}
+    given |= {"--device": "cpu", "--weights": "fp8", "--host-blocks": "6"}
     given |= {"--max-step-tokens": "99", "--fork-policy": "adaptive", "--slo-first-token": "2", "--slo-latency": "3"}
-    for more in (["--no-spinning"], ["--spinning", "--kv-memory-mb", "5"]):
-        chosen = {k: v for k, v in given.items() if not ("--kv-memory-mb" in more and k == "--num-blocks")}
+    sizes = {"--num-blocks": "--kv-memory-mb", "--host-blocks": "--kv-host-memory-mb"}
+    for more in (["--no-spinning"], ["--spinning", "--kv-memory-mb", "5", "--kv-host-memory-mb", "7"]):
+        chosen = {k: v for k, v in given.items() if sizes.get(k) not in more}
         options = parser.parse_command(["engine", *(part for pair in chosen.items() for part in pair), *more])
         again = parser.parse_command(["engine", *engine_arguments(options)])
         assert vars(again) == vars(options)
     unset = {action.dest for action in parser._actions} - {"help", "engine"}
-    assert unset == {option.removeprefix("--").replace("-", "_") for option in given} | {"kv_memory_mb", "spinning"}
+    assert unset == {option.removeprefix("--").replace("-", "_") for option in given} | {
+        "kv_memory_mb",
+        "kv_host_memory_mb",
+        "spinning",
+    }
 
 
 def test_nothing_to_measure(capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,6 +39,7 @@ def test_values() -> None:
             "executor_options": '{"threads": 2}',
             "device": "cpu",
             "kv_memory_mb": "3",
+            "kv_host_memory_mb": "4",
             "max_rows": "600",
             "draft": "ngram",
             "draft_options": '{"num_speculative_tokens": 3}',
@@ -47,7 +48,12 @@ def test_values() -> None:
             "step_timeout_s": "0",
         }
     )
-    assert settings.options == {"threads": 2, "device": "cpu", "kv_memory_bytes": 3 << 20}
+    assert settings.options == {
+        "threads": 2,
+        "device": "cpu",
+        "kv_memory_bytes": 3 << 20,
+        "kv_host_memory_bytes": 4 << 20,
+    }
     assert (settings.limits.max_rows, settings.limits.max_step_tokens, settings.limits.max_live_branches) == (
         600,
         1200,
@@ -66,6 +72,7 @@ def test_values() -> None:
         ({"num_blocks": "many"}, "num_blocks is 'many'; write a whole number, or nothing for the default"),
         ({"num_blocks": "-4"}, "num_blocks is '-4'"),
         ({"num_blocks": "64", "kv_memory_mb": "5"}, "both size the KV pool; write one of them"),
+        ({"host_blocks": "64", "kv_host_memory_mb": "5"}, "both size the host tier; write one of them"),
         ({"max_rows": "0"}, "max_rows must be a whole number from 1 to 65536, not 0"),
         ({"max_rows": "8", "max_step_tokens": "9"}, "must be at least twice max_rows"),
         ({"max_requests": "0"}, "max_requests is 0, so every request would be refused"),

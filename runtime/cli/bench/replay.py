@@ -50,10 +50,24 @@ def add_options(parser: Parser) -> None:
         metavar="N",
         help="how many, over the answers again and again (default: each once, but four times --concurrency at least)",
     )
+    load.add_argument(
+        "--same-prompts",
+        action="store_true",
+        help="an answer that is given again was asked for with the same prompt, as in conversations about one text; "
+        "otherwise the prefix cache finds nothing of one prompt in another",
+    )
     load.add_argument("--seed", type=whole(0), default=0, metavar="S", help="of the order and the arrivals")
     server = parser.add_argument_group("server")
     server.add_argument(
         "--kv-blocks", type=whole(1), metavar="B", help="blocks in the KV pool (default: what the cost model says fits)"
+    )
+    server.add_argument(
+        "--host-blocks",
+        type=whole(0),
+        default=0,
+        metavar="N",
+        help="blocks of host memory that keep what is evicted from the pool, at the host_bytes_per_second of the cost "
+        "model (default: 0, what is missing is computed again)",
     )
     server.add_argument("--block-size", type=whole(1, 1024), default=16, metavar="N", help="tokens in a block")
     server.add_argument(
@@ -91,6 +105,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             model,
             kv_blocks=options.kv_blocks,
             block_size=options.block_size,
+            host_blocks=options.host_blocks,
+            same_prompts=options.same_prompts,
             limits=limits,
         )
     except RequestError as error:

@@ -32,7 +32,8 @@ def add_shape_options(parser: Parser, default_format: str = "int4") -> argparse.
         action=argparse.BooleanOptionalAction,
         help="idle threads poll for work (default: yes, except where the variable CI is set)",
     )
-    group.set_defaults(num_blocks=None, kv_memory_mb=None, device=None, weights=None)
+    group.set_defaults(num_blocks=None, kv_memory_mb=None, host_blocks=None, kv_host_memory_mb=None)
+    group.set_defaults(device=None, weights=None)
     return group
 
 

@@ -18,11 +18,12 @@ from apar.runtime.executor.cuda.buckets import Bucket, Buckets
 from apar.runtime.executor.cuda.decoder import CudaDecoder
 from apar.runtime.executor.cuda.device import DEVICE_ERRORS, remedy, usable_device
 from apar.runtime.executor.cuda.graphs import Graphs, Progress, Recorder, progress_line
+from apar.runtime.executor.cuda.host_blocks import HostBlocks
 from apar.runtime.executor.cuda.sampling import TorchLogits
 from apar.runtime.executor.cuda.step_buffers import Layout, idle_step
 from apar.runtime.executor.cuda.step_memory import StepMemory
 from apar.runtime.executor.model import Model
-from apar.runtime.executor.pool import pool_blocks
+from apar.runtime.executor.pool import host_pool_blocks, pool_blocks
 from apar.runtime.step import Float32Array, IntArray, StepInputs
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -53,6 +54,8 @@ class CudaExecutor(Executor):
         *,
         num_blocks: int | None = None,
         kv_memory_bytes: int | None = None,
+        host_blocks: int | None = None,
+        kv_host_memory_bytes: int | None = None,
         device: str = "cuda",
         dtype: str | None = None,
         weights: str = "16bit",
@@ -65,6 +68,7 @@ class CudaExecutor(Executor):
         """Load an engine directory, or take a model that is in memory.
 
         num_blocks, kv_memory_bytes: size of the KV pool; by default 92 % of the memory that is free in the end.
+        host_blocks, kv_host_memory_bytes: pinned host memory that keeps what is evicted from the pool; none by default.
         device: "cuda" (the current one) or "cuda:N".
         dtype: of arithmetic and KV pool; by default that of the engine's weights, bfloat16 where that is float32.
         weights: "16bit", "bf16" and "fp16" (which are also a `dtype`), or "int8" or "fp8" for 8-bit matrices with a
@@ -88,6 +92,7 @@ class CudaExecutor(Executor):
             raise ExecutorError("max_rows must be at least 1 and max_step_tokens at least max_rows")
         self._device = usable_device(device)
         self._dtype: torch.dtype = getattr(torch, dtype)
+        self._kv_kind = "float32" if dtype == "float32" else "float16"  # as long as bfloat16
         self._checked = checked
         self._progress = progress or progress_line
         decoder = manifest.decoder
@@ -107,16 +112,14 @@ class CudaExecutor(Executor):
                 self._graphs = Graphs(self._recorder() if graphs else None)
                 self._memory = self._make_memory(self._largest())
                 self._spare: StepMemory | None = None
+                self.host_blocks = host_pool_blocks(manifest, self._kv_kind, host_blocks, kv_host_memory_bytes)
+                layers = (decoder.num_layers, 2)
+                block = (decoder.num_kv_heads, manifest.block_size, decoder.head_dim)
+                self._host: HostBlocks | None = None
+                if self.host_blocks:
+                    self._host = HostBlocks(self.host_blocks, (*layers, *block), self._dtype, self._device)
                 self.num_blocks = self._pool_size(num_blocks, kv_memory_bytes)
-                shape = (
-                    decoder.num_layers,
-                    2,
-                    self.num_blocks,
-                    decoder.num_kv_heads,
-                    manifest.block_size,
-                    decoder.head_dim,
-                )
-                self._pools = torch.zeros(shape, dtype=self._dtype, device=self._device)
+                self._pools = torch.zeros((*layers, self.num_blocks, *block), dtype=self._dtype, device=self._device)
                 # Compiles the copies, which no graph holds: a fork must not wait for that.
                 self._decoder.attention.copy(
                     self._pools, torch.full((1, 2), -1, dtype=torch.int32, device=self._device)
@@ -137,6 +140,8 @@ class CudaExecutor(Executor):
             f"weights ({self._decoder.matrix_bytes / 1e9:.2f} GB a step), {len(self._graphs)} CUDA graphs, "
             f"{self.num_blocks} blocks of {manifest.block_size} ({pool_bytes / 1e9:.2f} GB)"
         )
+        if self._host is not None:
+            self.detail += f", {self.host_blocks} host blocks ({self._host.bytes / 1e9:.2f} GB)"
 
     @property
     def step_limits(self) -> tuple[int, int]:
@@ -171,6 +176,7 @@ class CudaExecutor(Executor):
             num_blocks=self.num_blocks,
             block_size=self.manifest.block_size,
             vocab_size=self.manifest.decoder.vocab_size,
+            host_blocks=self.host_blocks,
         )
         wanted = inputs.logits_rows.size
         try:
@@ -219,6 +225,8 @@ class CudaExecutor(Executor):
         self._closed = True
         self._graphs.clear()
         self._spare = None
+        if self._host is not None:
+            self._host.close()
         del self._decoder, self._pools, self._memory, self._wanted
         if self._device.type == "cuda":
             with suppress(RuntimeError):  # after an illegal access the device refuses this too
@@ -241,7 +249,11 @@ class CudaExecutor(Executor):
         layout = self._layout(bucket or Bucket.exactly(tokens, rows, wanted, words))
         memory = self._memory if bucket is not None else self._memory_for(layout)
         copies = memory.buffers.send(layout, inputs)
+        if self._host is not None:
+            self._host.swap_out(self._pools, inputs.swap_out)
         self._decoder.attention.copy(self._pools, copies)
+        if self._host is not None:
+            self._host.swap_in(self._pools, inputs.swap_in)
         replay = self._graphs.get(bucket)
         if replay is None:
             self._forward(layout, memory)
@@ -318,7 +330,6 @@ class CudaExecutor(Executor):
         )
 
     def _pool_size(self, num_blocks: int | None, kv_memory_bytes: int | None) -> int:
-        kind = "float32" if self._dtype == torch.float32 else "float16"
         if num_blocks is None and kv_memory_bytes is None and self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
             torch.cuda.empty_cache()
@@ -326,7 +337,7 @@ class CudaExecutor(Executor):
             kv_memory_bytes = int(POOL_SHARE * (free - self._step_bytes() - self._other_bytes()))
             if kv_memory_bytes <= 0:
                 raise ExecutorError("the model leaves no memory of the GPU for a KV pool; use weights='int8' or 'fp8'")
-        return pool_blocks(self.manifest, kind, num_blocks, kv_memory_bytes)
+        return pool_blocks(self.manifest, self._kv_kind, num_blocks, kv_memory_bytes)
 
     def _step_bytes(self) -> int:
         """Bytes that the largest step takes beside the buffers: activations, a few of each kind alive at once."""

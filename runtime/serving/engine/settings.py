@@ -37,7 +37,8 @@ class Settings:
 
 
 _LIMITS = ("max_rows", "max_step_tokens", "max_live_branches")
-_NUMBERS = (*_LIMITS, "max_requests", "step_timeout_s", "num_blocks", "kv_memory_mb")
+_POOLS = ("num_blocks", "kv_memory_mb", "host_blocks", "kv_host_memory_mb")
+_NUMBERS = (*_LIMITS, "max_requests", "step_timeout_s", *_POOLS)
 _SECONDS_AND_FACTORS = ("slo_first_token", "slo_latency")
 _OPTIONS = ("device", "weights")
 """Arguments of the executor that have a parameter of their own."""
@@ -94,11 +95,17 @@ def _options(given: Mapping[str, str], numbers: Mapping[str, int]) -> dict[str, 
     options = _object("executor_options", given, '{"threads": 4}')
     if "num_blocks" in numbers and "kv_memory_mb" in numbers:
         raise SettingsError("num_blocks and kv_memory_mb both size the KV pool; write one of them")
+    if "host_blocks" in numbers and "kv_host_memory_mb" in numbers:
+        raise SettingsError("host_blocks and kv_host_memory_mb both size the host tier; write one of them")
     options |= {name: given[name] for name in _OPTIONS if name in given}
     if "num_blocks" in numbers:
         options["num_blocks"] = numbers["num_blocks"]
     if "kv_memory_mb" in numbers:
         options["kv_memory_bytes"] = numbers["kv_memory_mb"] << 20
+    if "host_blocks" in numbers:
+        options["host_blocks"] = numbers["host_blocks"]
+    if "kv_host_memory_mb" in numbers:
+        options["kv_host_memory_bytes"] = numbers["kv_host_memory_mb"] << 20
     return options
 
 
