@@ -119,6 +119,8 @@ class Answer:
             self.events.append(DeltaEvent(request_id, branch.branch_id, branch.depth, text, [], step))
 
     def _branch_output(self, branch: Branch) -> BranchOutput:
+        ends = [position - branch.start for position in branch.forks] + [len(branch.tokens)]
+        starts = [0] + [end + 1 for end in ends[:-1]]
         return BranchOutput(
             branch_id=branch.branch_id,
             parent_id=None if branch.parent is None else branch.parent.branch_id,
@@ -130,6 +132,7 @@ class Answer:
             first_step=branch.first_step,
             last_step=branch.last_step,
             logprobs=None if branch.logprobs is None else branch.logprobs[: len(branch.tokens)],
+            segment_tokens=[max(0, end - start) for start, end in zip(starts, ends, strict=True)],
         )
 
     def _segments(self, branch: Branch) -> list[str]:

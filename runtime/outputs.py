@@ -75,6 +75,8 @@ class BranchOutput:
     first_step: int
     last_step: int
     logprobs: list[Logprob] | None = None
+    segment_tokens: list[int] = field(default_factory=list)
+    """How many of `token_ids` each segment has; [Fork]s belong to none."""
 
 
 @dataclass(slots=True)

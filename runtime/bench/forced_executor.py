@@ -14,8 +14,8 @@ from time import perf_counter
 from apar.runtime.bench.passing_executor import PassingExecutor
 from apar.runtime.engine import Engine
 from apar.runtime.executor.base import Executor
+from apar.runtime.executor.recorded_trees import Tree
 from apar.runtime.executor.replay import ReplayExecutor
-from apar.runtime.executor.replay_script import Tree
 from apar.runtime.step import Float32Array, StepInputs
 
 

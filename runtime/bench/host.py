@@ -20,8 +20,8 @@ from apar.runtime.bench.timed_executor import TimedExecutor
 from apar.runtime.bench.workload import plan_workload
 from apar.runtime.booking import StepReport
 from apar.runtime.engine import Engine
+from apar.runtime.executor.recorded_trees import Tree
 from apar.runtime.executor.replay import ReplayExecutor
-from apar.runtime.executor.replay_script import Tree
 from apar.runtime.limits import ForkPolicy, SchedulerLimits
 from apar.runtime.sampling_params import SamplingParams
 from apar.runtime.service_level import ServiceLevel

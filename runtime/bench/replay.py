@@ -19,8 +19,8 @@ from apar.runtime.bench.virtual_executor import VirtualExecutor
 from apar.runtime.bench.workload import Workload, forks
 from apar.runtime.branch import Request
 from apar.runtime.engine import Engine
+from apar.runtime.executor.recorded_trees import text_tokens
 from apar.runtime.executor.replay import ReplayExecutor
-from apar.runtime.executor.replay_script import text_tokens
 from apar.runtime.limits import SchedulerLimits
 from apar.runtime.sampling_params import SamplingParams
 

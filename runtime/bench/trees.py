@@ -21,7 +21,7 @@ from apar.runtime.bench.workload import Workload, forks
 from apar.runtime.branch import Request
 from apar.runtime.engine import Engine
 from apar.runtime.executor.base import Executor
-from apar.runtime.executor.replay_script import Tree, text_tokens
+from apar.runtime.executor.recorded_trees import Tree, text_tokens
 from apar.runtime.executor.threads import default_threads
 from apar.runtime.limits import SchedulerLimits
 from apar.runtime.sampling_params import SamplingParams

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from apar.export.errors import ExecutorError, RequestError
-from apar.runtime.executor.replay_script import Tree, load_trees, text_tokens
+from apar.runtime.executor.recorded_trees import Tree, load_trees, text_tokens
 
 WORKLOADS = Path(__file__).parent / "workloads"
 """Workloads that ship with the package: `NAME.trees.json`."""

@@ -25,7 +25,8 @@ from apar.export.errors import ExecutorError
 from apar.export.manifest import DecoderConfig, Manifest, TokenIds
 from apar.runtime.executor.base import Executor
 from apar.runtime.executor.check import check_swaps
-from apar.runtime.executor.replay_script import BOS, CHILD, EMPTY, EOS, FORK, OFF, PAD, Script, Tree
+from apar.runtime.executor.recorded_trees import Tree
+from apar.runtime.executor.replay_script import BOS, CHILD, EMPTY, EOS, FORK, OFF, PAD, Script
 from apar.runtime.executor.tree_mask import parents
 from apar.runtime.step import Float32Array, Int32Array, StepInputs
 

@@ -12,15 +12,13 @@ States of a straight run of text have consecutive numbers, which is what makes l
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from apar.export.errors import ExecutorError
+from apar.runtime.executor.recorded_trees import Tree
 
 PAD, BOS, EOS, FORK, CHILD, TEXT = range(6)
 """Token ids of the replay vocabulary; TEXT and every id above it are text."""
@@ -33,26 +31,6 @@ NONE = -1
 
 IntArray = npt.NDArray[np.int32]
 IndexArray = npt.NDArray[np.int64]
-Tree = Mapping[str, Any]
-
-
-def load_trees(path: Path) -> list[dict[str, Any]]:
-    """Read trees from JSON: `[{"prompt_tokens": int, "segments": [[main_tokens, detail_tokens], ...]}, ...]`.
-
-    Raises ExecutorError if the file cannot be read.
-    """
-    try:
-        trees = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ExecutorError(f"recorded trees cannot be read from {path}: {error}") from error
-    if not isinstance(trees, list):
-        raise ExecutorError(f"{path} holds no list of trees")
-    return trees
-
-
-def text_tokens(tree: Tree) -> int:
-    """Text tokens of a recorded answer: main and detail tokens, without [Fork], [Child] and EOS."""
-    return sum(main + detail for main, detail in tree["segments"])
 
 
 class Script:

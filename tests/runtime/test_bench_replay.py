@@ -14,7 +14,7 @@ from apar.runtime.bench.cost_model import MAY_BE_ZERO, CostModel, StepWork, load
 from apar.runtime.bench.replay import ReplayBench
 from apar.runtime.bench.workload import Workload, forks, plan_workload, poisson
 from apar.runtime.cli import main
-from apar.runtime.executor.replay_script import text_tokens
+from apar.runtime.executor.recorded_trees import text_tokens
 from apar.runtime.limits import ForkPolicy, SchedulerLimits
 from apar.runtime.service_level import ServiceLevel
 from apar.runtime.step import StepInputs

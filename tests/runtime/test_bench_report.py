@@ -18,7 +18,7 @@ from apar.runtime.bench import charts
 from apar.runtime.bench.live_example import live_example, recorded_tree
 from apar.runtime.bench.report import read_result, section, to_html, to_markdown, write_report
 from apar.runtime.cli import main
-from apar.runtime.executor.replay_script import text_tokens
+from apar.runtime.executor.recorded_trees import text_tokens
 from apar.runtime.llm import LLM
 from apar.runtime.outputs import BranchOutput, RequestOutput, Timing, Usage
 from apar.runtime.sampling_params import SamplingParams

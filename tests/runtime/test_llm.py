@@ -61,7 +61,9 @@ def test_result_is_complete(llm: LLM, lists: list[Any]) -> None:
     root = output.branches[0]
     assert root.parent_id is None and root.depth == 1
     assert root.children == [b.branch_id for b in output.branches[1:]]
-    assert len(root.segments) == len(root.children) + 1
+    assert len(root.segments) == len(root.segment_tokens) == len(root.children) + 1
+    for branch in output.branches:
+        assert sum(branch.segment_tokens) == len(branch.token_ids) - len(branch.children)
     assert all(b.depth == 2 and b.parent_id == 0 and len(b.segments) == 1 for b in output.branches[1:])
     assert output.text == assemble(output.branches)
     assert output.usage.prompt_tokens == len(output.prompt_token_ids)

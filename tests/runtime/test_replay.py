@@ -6,14 +6,16 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from step_builder import Books, Branch, Row, Step
 
 from apar.export.errors import ExecutorError
+from apar.runtime.executor.recorded_trees import load_trees, text_tokens
 from apar.runtime.executor.replay import ReplayExecutor
-from apar.runtime.executor.replay_script import CHILD, EOS, FORK, TEXT, load_trees, text_tokens
+from apar.runtime.executor.replay_script import CHILD, EOS, FORK, TEXT
 
 TREES = [
     {"prompt_tokens": 21, "segments": [[5, 9], [3, 0], [4, 17], [1, 1]]},
@@ -345,3 +347,38 @@ def test_trees_are_read_from_a_file(tmp_path: Path) -> None:
             load_trees(path)
     with pytest.raises(ExecutorError):
         load_trees(tmp_path / "none.json")
+
+
+def branch(branch_id: int, segment_tokens: list[int], *children: int) -> dict[str, Any]:
+    return {"branch_id": branch_id, "segment_tokens": segment_tokens, "children": list(children)}
+
+
+def answer(*branches: dict[str, Any], error: str | None = None) -> dict[str, Any]:
+    return {"request_id": "a", "prompt_token_ids": [1] * 9, "branches": list(branches), "error": error}
+
+
+def test_answers_are_trees_too(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    answers = [
+        answer(branch(0, [5, 3, 0], 1, 2), branch(1, [8]), branch(2, [0])),
+        answer(branch(0, [7])),
+        answer(branch(0, [7]), error="a step failed"),
+        answer(branch(0, [0, 4], 1), branch(1, [6])),
+        answer(branch(0, [0])),
+    ]
+    segments = [[[5, 8], [3, 0]], [[7, 0]], [[1, 6], [4, 0]], [[1, 0]]]
+    expected = [{"prompt_tokens": 9, "segments": found} for found in segments]
+    for content in ("\n".join(json.dumps(item) for item in answers) + "\n", json.dumps(answers)):
+        path.write_text(content, encoding="utf-8")
+        assert load_trees(path) == expected
+    path.write_text(json.dumps(answers[1]), encoding="utf-8")
+    assert load_trees(path) == [expected[1]]
+    deep = answer(branch(0, [5, 3], 1), branch(1, [8, 1], 2), branch(2, [1]))
+    for content, message in (
+        (json.dumps(deep), r"branches of depth 3.*--max-depth 2"),
+        (json.dumps({"branches": [{}]}), r"does not print: KeyError"),
+        (json.dumps(answers[0]) + "\n{}\n", "Extra data"),
+    ):
+        path.write_text(content, encoding="utf-8")
+        with pytest.raises(ExecutorError, match=message):
+            load_trees(path)

@@ -13,8 +13,9 @@ from apar.runtime.bench.gpu.recorded_drafts import RecordedDrafter
 from apar.runtime.bench.workload import Workload, forks, plan_workload
 from apar.runtime.engine import Engine
 from apar.runtime.executor.cuda.executor import CudaExecutor
+from apar.runtime.executor.recorded_trees import text_tokens
 from apar.runtime.executor.replay import ReplayExecutor
-from apar.runtime.executor.replay_script import Script, text_tokens
+from apar.runtime.executor.replay_script import Script
 from apar.runtime.limits import SchedulerLimits
 from apar.runtime.sampling_params import SamplingParams
 from apar.runtime.speculative.options import DraftOptions

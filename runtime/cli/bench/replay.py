@@ -34,8 +34,8 @@ def add_options(parser: Parser) -> None:
         "--trees",
         default="vicuna-7b",
         metavar="FILE",
-        help='recorded answers, [{"prompt_tokens": N, "segments": [[main_tokens, detail_tokens], ...]}, ...], or the '
-        "name of a shipped workload",
+        help='recorded answers, [{"prompt_tokens": N, "segments": [[main_tokens, detail_tokens], ...]}, ...], or what '
+        "`apar generate --json` printed, or the name of a shipped workload",
     )
     arrival = load.add_mutually_exclusive_group()
     arrival.add_argument(
