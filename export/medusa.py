@@ -6,6 +6,7 @@ Head i is some residual blocks (x + SiLU(Linear(x))) on the hidden state after t
     0.0.linear.weight, 0.0.linear.bias, 0.1.weight      medusa_lm_head.pt or .safetensors (FasterDecoding, APAR)
     medusa_heads.0.0.linear.weight, ...                 the same with a prefix
     medusa_heads.0.medusa_layers.0.linear.weight, medusa_heads.0.lm_head.weight                 TensorRT-LLM
+    blocks.0.layers.0.weight, lm_heads.0.weight         model.safetensors (vLLM); biases of blocks may be missing
 
 Blocks that were trained as tied copies stand in the file once for each block, like any others.
 """
@@ -13,7 +14,7 @@ Blocks that were trained as tied copies stand in the file once for each block, l
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from apar.export.errors import CheckpointError
 from apar.export.llama_config import read_json
 from apar.export.manifest import DecoderConfig, DraftHeads
 from apar.export.tensor_files import FLOAT_TYPES, StoredTensor, read_safetensors
+from apar.export.tensor_pieces import PiecedTensor
 from apar.export.torch_files import read_torch_file
 
 FOLDER = "medusa"
@@ -33,6 +35,9 @@ _FILES = {
 _PREFIX = r"(?:medusa_heads?\.)?"
 _BLOCK = re.compile(_PREFIX + r"(\d+)\.(?:medusa_layers\.)?(\d+)\.linear\.(weight|bias)")
 _LAST = re.compile(_PREFIX + r"(\d+)\.(?:(\d+)|lm_head)\.weight")
+_VLLM_BLOCK = re.compile(_PREFIX + r"blocks\.(\d+)\.layers\.(\d+)\.(weight|bias)")
+_VLLM_LAST = re.compile(_PREFIX + r"lm_heads\.(\d+)()\.weight")
+_VLLM_SHARED = re.compile(_PREFIX + r"(?:lm_head|lm_heads\.\d+)\.weight")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +98,15 @@ def _assemble(
 ) -> MedusaHeads:
     tensors: dict[str, StoredTensor] = {}
     lasts: list[int] = []
+    if "token_map" in found:
+        raise CheckpointError(f"{where}: these Medusa heads know a part of the vocabulary only, which is not supported")
+    shared = settings.get("original_lm_head") is True  # vLLM's word for medusa_tied_lm_head, with a copy in the file
     for name, tensor in found.items():
-        if match := _BLOCK.fullmatch(name):
+        if shared and _VLLM_SHARED.fullmatch(name):
+            continue
+        if match := _BLOCK.fullmatch(name) or _VLLM_BLOCK.fullmatch(name):
             ours = f"heads.{int(match[1])}.blocks.{int(match[2])}.{match[3]}"
-        elif match := _LAST.fullmatch(name):
+        elif match := _LAST.fullmatch(name) or _VLLM_LAST.fullmatch(name):
             ours = f"heads.{int(match[1])}.lm_head.weight"
             lasts += [int(match[2])] if match[2] else []
         else:
@@ -104,11 +114,13 @@ def _assemble(
         if ours in tensors:
             raise CheckpointError(f"{tensor.path}: {name} and {tensors[ours].name} are the same tensor of a head")
         tensors[ours] = tensor
+    if any(_VLLM_BLOCK.fullmatch(name) for name in found) and not any(name.endswith(".bias") for name in found):
+        tensors |= dict(_zero_biases(tensors, config))
     blocks = {int(name.split(".")[3]) for name in tensors if ".blocks." in name}
     shape = DraftHeads(
         count=1 + max((int(name.split(".")[1]) for name in tensors), default=-1),
         blocks=len(blocks),
-        tied_lm_head=bool(settings.get("medusa_tied_lm_head", False)),
+        tied_lm_head=bool(settings.get("medusa_tied_lm_head", False)) or shared,
     )
     wanted = settings.get("medusa_num_heads", shape.count)
     if (
@@ -125,6 +137,13 @@ def _assemble(
         raise CheckpointError(f"{where}: the last matrix of a head has not the number {shape.blocks} of its blocks")
     _check(where, tensors, shape, config)
     return MedusaHeads(shape, tensors)
+
+
+def _zero_biases(tensors: Mapping[str, StoredTensor], config: DecoderConfig) -> Iterator[tuple[str, StoredTensor]]:
+    for name, tensor in tensors.items():
+        if ".blocks." in name:
+            bias = name.removesuffix("weight") + "bias"
+            yield bias, PiecedTensor(bias, "float32", (config.hidden_size,), tensor.path, 0)
 
 
 def _check(where: Path, tensors: Mapping[str, StoredTensor], shape: DraftHeads, config: DecoderConfig) -> None:

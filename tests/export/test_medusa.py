@@ -118,6 +118,37 @@ def test_every_naming_and_place_reads_alike(tmp_path: Path) -> None:
             np.testing.assert_array_equal(stored.read().reshape(tensor.shape), tensor.numpy())
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shared", [True, False])
+def test_vllms_naming(bias: bool, shared: bool, tmp_path: Path) -> None:
+    """One safetensors file; blocks without biases, and heads that share the model's last matrix, of which a copy lies
+    there."""
+    make_checkpoint(tmp_path / "checkpoint")
+    (tmp_path / "heads").mkdir()
+    stored, expected = {}, {}
+    for name, tensor in make_heads(tmp_path / "source").items():
+        head, rest = name.split(".", 1)
+        ours = f"heads.{head}.lm_head.weight" if rest == "2.weight" else f"heads.{head}.blocks.{rest}"
+        ours = ours.replace("linear.", "")
+        if name.endswith("bias") and not bias:
+            expected[ours] = torch.zeros_like(tensor)
+        elif rest != "2.weight":
+            block, _, leaf = rest.split(".")
+            stored[f"blocks.{head}.layers.{block}.{leaf}"] = expected[ours] = tensor
+        elif shared:
+            stored["lm_head.weight"] = tensor
+        else:
+            stored[f"lm_heads.{head}.weight"] = expected[ours] = tensor
+    save_file(stored, tmp_path / "heads" / "model.safetensors")
+    config = {"model_type": "medusa", "num_heads": 3, "num_hidden_layers": 2, "original_lm_head": shared}
+    (tmp_path / "heads" / "config.json").write_text(json.dumps(config))
+    heads = Checkpoint.open(tmp_path / "checkpoint", tmp_path / "heads").heads
+    assert heads is not None and heads.shape == DraftHeads(3, 2, shared)
+    assert heads.tensors.keys() == expected.keys()
+    for name, tensor in expected.items():
+        np.testing.assert_array_equal(heads.tensors[name].read(), tensor.numpy())
+
+
 def test_tied_blocks_as_the_reference_saves_them(tmp_path: Path) -> None:
     """`[block] * n` is one block with n names; torch.save keeps one copy of its numbers."""
     make_checkpoint(tmp_path / "checkpoint")
@@ -185,6 +216,7 @@ def test_defects_name_the_remedy(tmp_path: Path) -> None:
     refuse("medusa_num_heads is 5", medusa_num_heads=5, medusa_num_layers=2)
     refuse("not one that Medusa heads have", good | {"0.0.attention.weight": torch.zeros(2, 2)})
     refuse("has not the number", {n.replace("2.weight", "3.weight"): t for n, t in good.items()})
+    refuse("know a part of the vocabulary only", good | {"token_map": torch.arange(100)})
     refuse("is int64", good | {"0.0.linear.weight": torch.zeros(64, 64, dtype=torch.int64)})
     with pytest.raises(CheckpointError, match="holds no Medusa heads"):
         Checkpoint.open(tmp_path / "checkpoint", tmp_path)
