@@ -137,7 +137,7 @@ def _read_shards(index: Path, reader: _Reader) -> dict[str, StoredTensor]:
         absent = [name for name, where in weight_map.items() if where == shard and name not in found]
         if absent:
             raise CheckpointError(f"{index.parent / shard} lacks tensors that {index.name} promises: {_list(absent)}")
-        tensors.update(found)
+        tensors.update((name, tensor) for name, tensor in found.items() if weight_map.get(name, shard) == shard)
     return tensors
 
 

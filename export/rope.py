@@ -72,12 +72,30 @@ def rope_from_config(config: Mapping[str, Any], head_dim: int, max_position: int
 
 
 def given_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of `rope_parameters` or `rope_scaling`, with the original length that may stand beside them."""
-    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(given, Mapping):
-        raise CheckpointError(f"the RoPE parameters must be an object, not {given!r}")
+    """A copy of `rope_parameters` or `rope_scaling`, with the original length that may stand beside them.
+
+    Raises CheckpointError where both are there and differ: a scaling that was written into a config of transformers 5
+    by a recipe for an older one, whose meaning versions do not agree on.
+    """
+    new, old = (config.get(key) or {} for key in ("rope_parameters", "rope_scaling"))
+    for part in (new, old):
+        if not isinstance(part, Mapping):
+            raise CheckpointError(f"the RoPE parameters must be an object, not {part!r}")
+    if new and old and _meaning(new) != _meaning(old):
+        raise CheckpointError(
+            f"rope_parameters {dict(new)} and rope_scaling {dict(old)} differ; move what is meant into "
+            "rope_parameters, and remove rope_scaling"
+        )
+    given = new or old
     original = config.get("original_max_position_embeddings")  # as in transformers, it wins
     return dict(given) if original is None else {**given, "original_max_position_embeddings": original}
+
+
+def _meaning(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The scaling without theta, which may stand elsewhere."""
+    apart = ("type", "rope_type", "rope_theta")
+    rest = {key: value for key, value in parameters.items() if key not in apart and value is not None}
+    return rest | {"type": parameters.get("rope_type", parameters.get("type", "default"))}
 
 
 def _first(*values: Any) -> Any:

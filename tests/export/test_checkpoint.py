@@ -367,6 +367,17 @@ def test_index_errors(copy: Any, layout: str) -> None:
             Checkpoint.open(directory)
 
 
+def test_each_tensor_is_that_of_the_shard_which_the_index_names(copy: Any) -> None:
+    directory = copy("safetensors-sharded")
+    weight_map = json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"]
+    name = "model.layers.0.self_attn.q_proj.weight"
+    stale = directory / max(set(weight_map.values()) - {weight_map[name]})
+    header, data = header_of(stale)
+    entry = {"dtype": "BF16", "shape": [64, 64], "data_offsets": [len(data), len(data) + 8192]}
+    write_header(stale, header | {name: entry}, data + bytes(8192))
+    assert Checkpoint.open(directory).tensors[name].path == directory / weight_map[name]
+
+
 class Exploit:
     """Unpickled by an ordinary loader, this makes the file it names."""
 

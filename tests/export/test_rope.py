@@ -50,6 +50,14 @@ def test_the_original_length_may_stand_beside_the_parameters() -> None:
         rope_from_config({"rope_scaling": {"type": "yarn"}}, 16, 256)
 
 
+def test_two_forms_that_differ_are_refused() -> None:
+    plain, scaled = {"rope_type": "default", "rope_theta": 5e5}, {"type": "linear", "factor": 2.0}
+    same = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}, "rope_scaling": scaled}
+    assert rope_from_config(same, 16, 256) == rope_from_config({"rope_theta": 5e5, "rope_scaling": scaled}, 16, 256)
+    with pytest.raises(CheckpointError, match="differ; move what is meant into rope_parameters"):
+        rope_from_config({"rope_parameters": plain, "rope_scaling": scaled}, 16, 256)
+
+
 def new_form(parameters: dict[str, Any]) -> dict[str, Any]:
     return {"rope_parameters": parameters}
 
