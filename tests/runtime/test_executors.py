@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from apar.export.onnx_engine import build
 from apar.runtime.executor import Executor, load_executor
 from apar.runtime.executor.pool import pool_blocks
 from apar.runtime.executor.threads import default_threads
+from apar.runtime.step import StepInputs
 
 BLOCKS, SIZE, WORDS = 80, 8, 260
 EXACT = 1e-4
@@ -294,6 +295,106 @@ class TestOneExecutor:
     def test_a_missing_engine(self, tmp_path: Path, name: str, options: dict) -> None:
         with pytest.raises(EngineError, match="apar build"):
             load_executor(tmp_path, name, **options)
+
+
+class TestSwaps:
+    """Host blocks of the torch executor; what the others do with a step that names some."""
+
+    @pytest.fixture
+    def model(self, models: dict) -> Model:
+        return models[("gqa",)]
+
+    @pytest.fixture
+    def executor(self, model: Model) -> Iterator[Executor]:
+        executor = load_executor(model.engine, "torch", device="cpu", num_blocks=BLOCKS, host_blocks=5)
+        yield executor
+        executor.close()
+
+    def swapped(
+        self, step: Step, out: Sequence[tuple[int, int]] = (), back: Sequence[tuple[int, int]] = ()
+    ) -> StepInputs:
+        step.inputs.swap_out, step.inputs.swap_in = (np.array(pairs, np.int32).reshape(-1, 2) for pairs in (out, back))
+        return step.inputs
+
+    def test_a_path_goes_and_comes_back_elsewhere(self, executor: Executor, model: Model) -> None:
+        books = Books(BLOCKS, SIZE)
+        row = prompt(books, 2 * SIZE)
+        executor.execute(books.step([row]).inputs)
+        old, free = row.branch.blocks, [books._take() for _ in range(2)]
+        # Others take its blocks in the step that copies them out.
+        other = prompt(books, 2 * SIZE, 100)
+        other.branch.blocks = list(old)
+        step = books.step([other])
+        logits = executor.execute(self.swapped(step, out=[(old[0], 4), (old[1], 1)]))
+        assert np.abs(logits - model.expect(step.paths)).max() <= EXACT
+        row.branch.blocks = free
+        row.branch.tokens.append(200)
+        step = books.step([Row(row.branch, 1)])
+        logits = executor.execute(self.swapped(step, back=[(1, free[1]), (4, free[0])]))
+        assert np.abs(logits - model.expect(step.paths)).max() <= EXACT
+
+    def test_out_and_back_in_one_step(self, executor: Executor, model: Model) -> None:
+        books = Books(BLOCKS, SIZE)
+        row = prompt(books, 2 * SIZE)
+        executor.execute(books.step([row]).inputs)
+        old, row.branch.blocks = row.branch.blocks, row.branch.blocks[::-1]
+        row.branch.tokens.append(200)
+        step = books.step([Row(row.branch, 1)])
+        swaps = self.swapped(step, out=[(old[0], 0), (old[1], 1)], back=[(0, old[1]), (1, old[0])])
+        assert np.abs(executor.execute(swaps) - model.expect(step.paths)).max() <= EXACT
+
+    def test_slot_copies_read_a_block_before_it_is_filled_from_host_memory(
+        self, executor: Executor, model: Model
+    ) -> None:
+        books = Books(BLOCKS, SIZE)
+        one, other = prompt(books, SIZE), prompt(books, SIZE, 100)
+        executor.execute(books.step([one, other]).inputs)
+        (kept,), (taken,), fresh = one.branch.blocks, other.branch.blocks, books._take()
+        books.copies = [(taken * SIZE + i, fresh * SIZE + i) for i in range(SIZE)]
+        one.branch.blocks, other.branch.blocks = [taken], [fresh]
+        for row in (one, other):
+            row.branch.tokens.append(200)
+        step = books.step([Row(one.branch, 1), Row(other.branch, 1)])
+        swaps = self.swapped(step, out=[(kept, 3)], back=[(3, taken)])
+        assert np.abs(executor.execute(swaps) - model.expect(step.paths)).max() <= EXACT
+
+    @pytest.mark.parametrize(
+        ("field_name", "value", "message"),
+        [
+            ("swap_out", [[0, 5]], r"swap_out \(to\) holds 5..5, allowed is 0..4"),
+            ("swap_out", [[0, -1]], r"swap_out \(to\)"),
+            ("swap_out", [[BLOCKS, 0]], r"swap_out \(from\)"),
+            ("swap_out", [[1, 2], [3, 2]], "swap_out writes a block twice"),
+            ("swap_in", [[5, 0]], r"swap_in \(from\)"),
+            ("swap_in", [[0, BLOCKS]], r"swap_in \(to\)"),
+            ("swap_in", [[0, 7], [1, 7]], "swap_in writes a block twice"),
+            ("swap_in", [[0, 1, 2]], "two columns"),
+        ],
+    )
+    def test_bad_swaps_are_refused_and_do_no_harm(
+        self, executor: Executor, model: Model, field_name: str, value: list, message: str
+    ) -> None:
+        books = Books(BLOCKS, SIZE)
+        row = prompt(books, SIZE)
+        executor.execute(books.step([row]).inputs)
+        bad = books.step([prompt(books, 5)]).inputs
+        # A good pair that must not have been copied when the bad one is found.
+        bad.swap_in = np.array([[0, row.branch.blocks[0]]], np.int32)
+        setattr(bad, field_name, np.array(value, np.int32))
+        with pytest.raises(ExecutorError, match=message):
+            executor.execute(bad)
+        row.branch.tokens.append(200)
+        good = books.step([Row(row.branch, 1)])
+        assert np.abs(executor.execute(good.inputs) - model.expect(good.paths)).max() <= EXACT
+
+    @pytest.mark.parametrize(("name", "options"), EXECUTORS)
+    def test_executors_without_host_blocks_refuse(self, model: Model, name: str, options: dict) -> None:
+        executor = load_executor(model.engine, name, num_blocks=BLOCKS, **options)
+        books = Books(BLOCKS, SIZE)
+        for swaps in ({"out": [(0, 0)]}, {"back": [(0, 0)]}):
+            with pytest.raises(ExecutorError, match="offers no host blocks"):
+                executor.execute(self.swapped(books.step([prompt(books, 4)]), **swaps))
+        executor.close()
 
 
 def test_loading_by_name(models: dict) -> None:

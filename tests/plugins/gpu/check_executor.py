@@ -128,6 +128,49 @@ def test_the_tiny_model_token_for_token(tiny: Path, dtype: str) -> None:
     assert generate(executor, 4) == expected
 
 
+def test_blocks_go_to_host_memory_and_come_back(random_engine: Path) -> None:
+    """Out, slot copies and back in this order, more than are on the way at a time; as the plain executor does."""
+    executor = CudaExecutor(random_engine, dtype="float32", host_blocks=9, **SMALL)
+    oracle = load_executor(random_engine, "torch", device="cpu", num_blocks=64, host_blocks=9)
+    assert "9 host blocks" in executor.detail and executor.host_blocks == 9
+    random = np.random.default_rng(0)
+    steps = life(2, 3)
+    for step in steps:
+        # Half of what goes out comes back in the same step, to blocks that slot copies may read.
+        free = np.setdiff1d(np.arange(64), np.append(step.block_table, step.slot_copies[:, 1] // 8))
+        back = random.permutation(free)[:5]
+        blocks, hosts = random.permutation(64)[:7], random.permutation(9)
+        step.swap_out = np.stack((blocks, hosts[:7]), 1).astype(np.int32)
+        step.swap_in = np.stack((hosts[4:], back), 1).astype(np.int32)
+    assert worst(executor, oracle, steps) < 1e-4
+    pools = executor._pools.numpy()
+    for layer, pool in enumerate(oracle._pools):  # type: ignore[attr-defined]
+        assert np.abs(pools[layer] - pool.numpy()).max() < 1e-4
+    bad = life(2, 1)[0]
+    bad.swap_in = np.array([[9, 0]], np.int32)
+    with pytest.raises(ExecutorError, match="swap_in"):
+        executor.execute(bad)
+    executor.close()
+
+
+def test_a_prompt_comes_back_from_host_memory(random_engine: Path) -> None:
+    """Through the scheduler, in a pool that holds one of two prompts: the second time a token is computed."""
+    params = SamplingParams(max_tokens=2, temperature=0.0, fork=False)
+
+    def answers(executor: Executor) -> list[tuple[list[int], int]]:
+        engine, found = Engine(executor, LIMITS), []
+        for first in (3, 103, 3):
+            request = engine.submit("a", list(range(first, first + 17)), params)
+            while engine.step() is not None:
+                engine.scheduler.check()
+            found.append((list(request.root.tokens), request.cached_tokens))
+        return found
+
+    expected = answers(load_executor(random_engine, "torch", device="cpu", num_blocks=64))
+    found = answers(CudaExecutor(random_engine, dtype="float32", host_blocks=4, **{**SMALL, "num_blocks": 3}))
+    assert found == expected and [cached for _, cached in found] == [0, 0, 16]
+
+
 def test_graphs_serve_every_step(random_engine: Path) -> None:
     """Decoding, chunks, forks and drafts replay what was captured at load: only static memory reaches it."""
     executor = RehearsedExecutor(random_engine, dtype="float32", **SMALL)
