@@ -18,6 +18,7 @@ from apar.runtime.bench.gpu import tiny
 from apar.runtime.bench.gpu.cases import Case, Heads, Shape
 from apar.runtime.bench.gpu.machine import Machine
 from apar.runtime.bench.gpu.models import RandomWeights, plain_logits, prompt_step
+from apar.runtime.bench.passing_executor import PassingExecutor
 from apar.runtime.engine import Engine
 from apar.runtime.executor.base import Executor
 from apar.runtime.executor.cuda.executor import CudaExecutor
@@ -25,6 +26,7 @@ from apar.runtime.executor.model import Model
 from apar.runtime.executor.torch_executor import TorchExecutor
 from apar.runtime.limits import SchedulerLimits
 from apar.runtime.sampling_params import SamplingParams
+from apar.runtime.step import Float32Array, StepInputs
 
 BOUNDS = {torch.float32: 2e-5, torch.float16: 6e-3, torch.bfloat16: 3e-2}
 """Largest error of attention, of its largest output."""
@@ -129,7 +131,27 @@ def tiny_model(machine: Machine) -> dict[str, Any]:
         name = dtype if draft == "none" else f"{dtype}_{draft}"
         found[f"{name}_equal"] = sum(a == b for a, b in zip(trees, expected, strict=True))
     exact = (found["float32_equal"], found["float32_ngram_equal"])
-    return {"ok": exact == (len(prompts), len(prompts)), **found}
+    good = exact == (len(prompts), len(prompts))
+    if not machine.dry:
+        # A pool in which answers preempt each other and come back from host memory.
+        executor = CudaExecutor(model, dtype="float32", host_blocks=1024, **options | {"num_blocks": 64})
+        swaps = CountedSwaps(executor)
+        trees = _generate(swaps, prompts, length, limits)
+        found["swapped_equal"] = sum(a == b for a, b in zip(trees, expected, strict=True))
+        found["blocks_swapped_in"] = swaps.swapped_in
+        good &= found["swapped_equal"] == len(prompts) and swaps.swapped_in > 0
+    return {"ok": good, **found}
+
+
+class CountedSwaps(PassingExecutor):
+    """Counts the blocks that another executor swaps in; logits come to the host."""
+
+    swapped_in = 0
+
+    def execute(self, inputs: StepInputs) -> Float32Array:
+        """See Executor.execute."""
+        self.swapped_in += len(inputs.swap_in)
+        return super().execute(inputs)
 
 
 def _generate(
