@@ -11,6 +11,7 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
+from itertools import groupby
 from typing import Any, Literal, NoReturn, TypedDict
 
 import jinja2
@@ -45,16 +46,18 @@ def render_prompt(text: str, tokenizer: Tokenizer) -> list[int]:
 def render_chat(messages: Sequence[ChatMessage], tokenizer: Tokenizer) -> list[int]:
     """Token ids of a conversation up to where the assistant's answer begins.
 
-    `messages`: at most one system message in front, then user and assistant in turn, a user's last. The checkpoint's
-    chat template is used where it has one, vicuna_v1.1 otherwise. Raises RequestError where the conversation has
-    another form or the template refuses it, CapacityError where it is too long.
+    `messages`: at most one system message in front, then the user's and the assistant's, a user's last; several of one
+    role in a row are one turn, with an empty line between them. The checkpoint's chat template is used where it has
+    one, vicuna_v1.1 otherwise. Raises RequestError where the conversation has another form or the template refuses it,
+    CapacityError where it is too long.
     """
     _check(messages)
     if tokenizer.max_chars is not None:
         tokenizer.check_length(sum(len(message["content"]) for message in messages))
+    turns = _turns(messages)
     if tokenizer.chat_template is None:
-        return tokenizer.encode_segments(_vicuna(messages, tokenizer))
-    return _render_template(messages, tokenizer, tokenizer.chat_template)
+        return tokenizer.encode_segments(_vicuna(turns, tokenizer))
+    return _render_template(turns, tokenizer, tokenizer.chat_template)
 
 
 def _check(messages: Any) -> None:
@@ -63,7 +66,6 @@ def _check(messages: Any) -> None:
         raise RequestError("messages must be a list of {role, content} objects")
     if not messages:
         raise RequestError("messages is empty; give at least one user message")
-    expected = "user"
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
             raise RequestError(f"message {index} must be an object with role and content")
@@ -73,20 +75,24 @@ def _check(messages: Any) -> None:
         if not isinstance(content, str):
             raise RequestError(f"the content of message {index} must be a string, not {type(content).__name__}")
         check_text(content)
-        if role == "system" and index == 0:
-            continue
-        if role != expected:
-            raise RequestError(
-                f"message {index} is the {role}'s where the {expected}'s is due; "
-                "give at most one system message first, then user and assistant in turn"
-            )
-        expected = "assistant" if role == "user" else "user"
+        if role == "system" and index > 0:
+            raise RequestError(f"message {index} is a system message; give at most one, in front of all others")
     if messages[-1]["role"] != "user":
         raise RequestError("the last message must be the user's; an answer that was begun cannot be continued here")
 
 
+def _turns(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
+    """Messages with those of one role in a row put together: models and templates know users and assistants in turn,
+    and a client whose answer was stopped before it began sends two questions in a row."""
+    rows = groupby(messages, key=lambda message: message["role"])
+    return [{"role": role, "content": "\n\n".join(message["content"] for message in row)} for role, row in rows]
+
+
 def _vicuna(messages: Sequence[ChatMessage], tokenizer: Tokenizer) -> list[str | int]:
-    """vicuna_v1.1: `{system} USER: {q1} ASSISTANT: {a1}</s>USER: {q2} ASSISTANT:`, beginning of sequence in front."""
+    """vicuna_v1.1: `{system} USER: {q1} ASSISTANT: {a1}</s>USER: {q2} ASSISTANT:`, beginning of sequence in front.
+
+    An assistant's greeting in front of the first question has its `ASSISTANT:`, too.
+    """
     segments: list[str | int] = [] if tokenizer.tokens.bos is None else [tokenizer.tokens.bos]
     system = DEFAULT_SYSTEM
     turns = list(messages)
@@ -94,6 +100,8 @@ def _vicuna(messages: Sequence[ChatMessage], tokenizer: Tokenizer) -> list[str |
         system = turns.pop(0)["content"]
     if system:
         segments.append(f"{system} ")
+    if turns[0]["role"] == "assistant":
+        segments.append("ASSISTANT:")
     for turn in turns:
         if turn["role"] == "user":
             segments.append(f"USER: {turn['content']} ASSISTANT:")

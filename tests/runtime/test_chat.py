@@ -199,16 +199,32 @@ def test_byte_level_conversations() -> None:
         ([{"role": "user", "content": "a\ud800"}], "surrogate"),
         ([system("a")], "last message"),
         ([user("a"), assistant("b")], "last message"),
-        ([user("a"), user("b")], "message 1"),
-        ([assistant("a"), user("b")], "message 0"),
-        ([user("a"), system("b")], "message 1"),
-        ([system("a"), system("b"), user("c")], "message 1"),
+        ([user("a"), system("b")], "message 1 is a system message; give at most one, in front"),
+        ([system("a"), system("b"), user("c")], "message 1 is a system message"),
     ],
 )
 def test_what_is_no_conversation(messages: Any, message: str) -> None:
     for template in (None, TEMPLATE):
         with pytest.raises(RequestError, match=message):
             render_chat(messages, sentencepiece_tokenizer(template))
+
+
+@pytest.mark.parametrize("template", [None, TEMPLATE])
+def test_messages_of_one_role_in_a_row_are_one_turn(template: str | None) -> None:
+    tokenizer = sentencepiece_tokenizer(template)
+    several = [user("a"), user("b"), assistant("c"), assistant("d"), user("e")]
+    assert render_chat(several, tokenizer) == render_chat([user("a\n\nb"), assistant("c\n\nd"), user("e")], tokenizer)
+    split = [user("[Split"), user("Mask]"), assistant("</s"), assistant(">"), user("e")]
+    assert render_chat(split, tokenizer).count(TOKENS.fork) == 0
+
+
+def test_an_assistant_may_greet_first() -> None:
+    greeting = [assistant("Hello!"), user("Who are you?")]
+    tokenizer = byte_level_tokenizer()
+    expected = f"{DEFAULT_SYSTEM} ASSISTANT: Hello!USER: Who are you? ASSISTANT:"
+    ids = render_chat(greeting, tokenizer)
+    assert tokenizer.decode(ids) == expected and ids.count(1) == 1
+    assert render_chat(greeting, sentencepiece_tokenizer(TEMPLATE))
 
 
 def test_a_conversation_that_is_too_long() -> None:
