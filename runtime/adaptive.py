@@ -11,13 +11,13 @@ from apar.runtime.branch import Request
 from apar.runtime.branch_table import BranchTable
 from apar.runtime.catching_up import CatchingUp
 from apar.runtime.counters import ForkDenial, SchedulerCounters
-from apar.runtime.fork_policy import BoolArray, FirstCome
+from apar.runtime.fork_policy import FirstCome
 from apar.runtime.limits import SchedulerLimits
-from apar.runtime.pacing import Pacing
+from apar.runtime.pacing import Pacing, at_rank
 from apar.runtime.request_queues import RequestQueues
 from apar.runtime.request_table import RequestTable
 from apar.runtime.row_groups import RowGroups
-from apar.runtime.step import IntArray
+from apar.runtime.step import BoolArray, IntArray
 from apar.runtime.step_cost import Float64Array, StepCost
 
 TIGHTEST = 0.1
@@ -88,10 +88,9 @@ class Adaptive(FirstCome):
         self._sizes = np.arange(1, limits.max_rows + 1)
         self._running = _Load()
         self._last_kv: tuple[IntArray, Float64Array] | None = None
+        self._last_paths: tuple[IntArray, int] | None = None
         self._age = 0
         """Steps since requests were judged."""
-        self._fitting: IntArray | None = None
-        """The rows of all running branches, if a step has room for them by what it may take."""
         self._late_credit = 0.0
         self._turn = 0
         self._last_turn = np.zeros(limits.max_live_branches, dtype=np.int64)
@@ -103,23 +102,18 @@ class Adaptive(FirstCome):
         """See FirstCome.begin_step."""
         if not self.cost.ready:
             return
-        self._last_kv = None
+        self._last_kv = self._last_paths = None
         rows = self.queues.rows()
-        paths = int(self.table.length[rows].sum())
-        self.pacing.begin_step(paths / rows.size if rows.size else UNKNOWN_PATH)
+        self.pacing.begin_step(self._paths(rows) / rows.size if rows.size else UNKNOWN_PATH)
         self._age += 1
-        # What siblings share counts for each here: if even that fits, so does what a step really reads.
-        fits = self.cost.one(rows.size, paths) <= self.budget
-        self._fitting = rows if fits else None
         owners = self.queues.groups_of(rows).owners
-        if fits and self._age < STANDS and not self.queues.waiting and not self.requests.late[owners].any():
+        stands = self._age < STANDS and not self.queues.waiting and self._all_fit(rows)
+        if stands and not np.count_nonzero(self.requests.late[owners]):
             return
         self._age = 0
         self._judge_waiting(now)
         self._judge_admitted(now, owners)
         self._set_budget()
-        if fits and self.cost.one(rows.size, paths) > self.budget:
-            self._fitting = None
 
     def _judge_waiting(self, now: float) -> None:
         """Requests that waited longer than could be made good are late."""
@@ -156,8 +150,8 @@ class Adaptive(FirstCome):
         if owners.size or next(queues.waiting_in_time(), None) is not None:
             self.budget = self.pacing.plain
         if owners.size:
-            tight = int(TIGHTEST * (owners.size - 1))
-            self.budget = max(self.pacing.shortest, float(np.partition(self.pacing.allowed[owners], tight)[tight]))
+            tightest = at_rank(self.pacing.allowed[owners], int(TIGHTEST * (owners.size - 1)))
+            self.budget = max(self.pacing.shortest, tightest)
         if queues.waiting:
             self._sum_up(groups, late)
 
@@ -175,6 +169,17 @@ class Adaptive(FirstCome):
         load.tokens = float(need.sum())
         said = need @ (kv[~late] / groups.sizes[~late])
         load.kv_per_token = float(said) / load.tokens if need.size else UNKNOWN_PATH
+
+    def _paths(self, rows: IntArray) -> int:
+        """Tokens of the paths of `rows`: the most whose K/V they can read."""
+        if self._last_paths is None or self._last_paths[0] is not rows:
+            self._last_paths = rows, int(np.add.reduce(self.table.length[rows]))
+        return self._last_paths[1]
+
+    def _all_fit(self, rows: IntArray, more: int = 0) -> bool:
+        """Whether a step of `rows`, and of so many tokens more, surely takes no longer than it may: what siblings share
+        counts for each of them here."""
+        return self.cost.one(rows.size + more, self._paths(rows) + more) <= self.budget
 
     def _kv(self, rows: IntArray, groups: RowGroups) -> Float64Array:
         """[G] tokens whose K/V each request's rows read; what siblings share counts once."""
@@ -220,14 +225,15 @@ class Adaptive(FirstCome):
         seconds = self.cost.one(tokens, tokens * load.kv_per_token)
         return first if seconds <= FULL * self.budget and tokens <= FULL * self.limits.max_rows else None
 
-    def take_turns(self, rows: IntArray, groups: RowGroups, seats: int) -> BoolArray | None:
+    def take_turns(self, rows: IntArray, seats: int) -> BoolArray | None:
         """See FirstCome.take_turns. Late requests first take their share, in turn; then those in time, the tightest
         first; then the other late ones. They go into the step until its seats or its seconds are used up.
         """
         if not self.cost.ready:
-            return super().take_turns(rows, groups, seats)
-        if rows.size <= seats and self._fitting is not None and self._fitting is self.queues.rows():
+            return super().take_turns(rows, seats)
+        if rows.size <= seats and self._all_fit(rows):
             return None
+        groups = self.queues.groups_of(rows)
         owners, kv = groups.owners, self._kv(rows, groups)
         if rows.size <= seats and self.cost.one(rows.size, float(kv.sum())) <= self.budget:
             return None
@@ -264,6 +270,9 @@ class Adaptive(FirstCome):
         most = super().prompt_tokens(rows)
         if math.isinf(self.budget):
             return most
+        whole = most - most % self.table.block_size
+        if self._all_fit(rows, whole):
+            return max(whole, most // LEAST_CHUNK, 1)
         kv = float(self._kv(rows, self.queues.groups_of(rows)).sum())
         chunks = np.arange(0, most + 1, self.table.block_size)
         seconds = self.cost.seconds(rows.size + chunks, kv + chunks)

@@ -6,20 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
 from apar.export.manifest import TokenIds
 from apar.runtime.branch import Branch, Request, RequestState
 from apar.runtime.branch_table import BranchTable
-from apar.runtime.lifecycle import Lifecycle
-from apar.runtime.outputs import FinishReason
+from apar.runtime.lifecycle import Ending, Lifecycle
 from apar.runtime.request_queues import RequestQueues
 from apar.runtime.request_table import RequestTable
 from apar.runtime.row_groups import RowGroups
-from apar.runtime.step import Int32Array, IntArray
+from apar.runtime.step import BoolArray, Int32Array, IntArray
 from apar.runtime.step_writer import Step
-
-BoolArray = npt.NDArray[np.bool_]
 
 
 @dataclass(slots=True)
@@ -160,30 +156,22 @@ class Booking:
         """Handle rows whose token forked, ended a branch, or met a limit; `dropped` branches end without one."""
         table, remaining = self.table, self.requests.remaining
         forking: list[Branch] = []
-        ended: list[Branch] = []
-        reasons: list[FinishReason] = []
-        drops: list[bool] = []
+        endings: list[Ending] = []
         for i in rows:
             branch, token = report.branches[i], report.tokens[i]
             slot, request = branch.slot, branch.request
             params = request.params
             ends = token in self.tokens.eos
             if ends or token in params.stop_token_ids:
-                ended.append(branch)
-                reasons.append("stop")
-                drops.append(ends or not params.include_stop_in_output)
+                endings.append((branch, "stop", ends or not params.include_stop_in_output))
             elif remaining[request.index] <= 0 or table.length[slot] >= table.limit[slot]:
-                ended.append(branch)
-                reasons.append("length")
-                drops.append(False)
+                endings.append((branch, "length", False))
             elif token == self.tokens.fork:
                 forking.append(branch)
-        for branch in dropped:
-            ended.append(branch)
-            reasons.append("length")
-            drops.append(False)
-        if ended:
-            self.lifecycle.finish(ended, reasons, drops)
+        endings += [(branch, "length", False) for branch in dropped]
+        if endings:
+            self.lifecycle.finish(endings)
+            ended = [branch for branch, _, _ in endings]
             report.ended += ended
             report.finished += dict.fromkeys(b.request for b in ended if b.request.state is RequestState.FINISHED)
         if forking:

@@ -41,7 +41,8 @@ class BranchBlocks:
         self.table = table
         self.requests = requests
         self.cache = cache
-        self._columns = np.arange(table.block_table.shape[1])
+        self._offsets = np.arange(cache.block_size, dtype=np.int32).repeat(2).reshape(-1, 2)
+        """[block_size, 2] places in a block, for source and target of a copy."""
         self._moves = NO_COPIES
         """[C, 2] slot copies of accepted draft nodes; the next step makes them, whoever is in it."""
 
@@ -54,7 +55,7 @@ class BranchBlocks:
         missing += table.copy_tail[rows]
         takers = missing.nonzero()[0]
         sizes = missing[takers]
-        return Claim(rows[takers], sizes, int(sizes.sum()) if takers.size else 0)
+        return Claim(rows[takers], sizes, int(np.add.reduce(sizes)))
 
     def room(self, slot: int) -> int:
         """Tokens that a branch could compute now if it took every available block."""
@@ -68,17 +69,18 @@ class BranchBlocks:
         if not total:
             return NO_COPIES
         # A row with a shared tail needs at least the block that replaces it, so it is among the takers.
-        tails = slots[table.copy_tail[slots] != 0]
-        sources = table.block_table[tails, table.num_blocks[tails] - 1]
-        table.num_blocks[tails] -= 1
-        table.copy_tail[tails] = 0
+        tails = slots[table.copy_tail[slots].nonzero()[0]]
+        if tails.size:
+            table.num_blocks[tails] = last = table.num_blocks[tails] - 1
+            table.copy_tail[tails] = 0
+            sources = table.block_table[tails, last]
         blocks = self.cache.allocate(total)
         if total == slots.size:
             table.block_table[slots, table.num_blocks[slots]] = blocks
         else:
             first = np.add.accumulate(sizes) - sizes
-            columns = np.arange(total) - np.repeat(first - table.num_blocks[slots], sizes)
-            table.block_table[np.repeat(slots, sizes), columns] = blocks
+            columns = np.arange(total) - (first - table.num_blocks[slots]).repeat(sizes)
+            table.block_table[slots.repeat(sizes), columns] = blocks
         table.num_blocks[slots] += sizes
         owners = table.request[slots]
         np.add.at(self.requests.held, owners, sizes)
@@ -103,13 +105,10 @@ class BranchBlocks:
     def _tail_copies(self, tails: IntArray, sources: Int32Array) -> Int32Array:
         """Slot copies of the filled part of parents' last blocks into the children's own."""
         table, size = self.table, self.cache.block_size
-        filled = table.computed[tails] % size
-        targets = table.block_table[tails, table.computed[tails] // size]
-        place = np.repeat(np.arange(tails.size), filled)
-        offset = np.arange(place.size) - (np.add.accumulate(filled) - filled)[place]
-        copies = np.empty((place.size, 2), dtype=np.int32)
-        copies[:, 0] = sources[place] * size + offset
-        copies[:, 1] = targets[place] * size + offset
+        computed = table.computed[tails]
+        column = computed // size
+        blocks = np.array((sources, table.block_table[tails, column])) * size
+        copies = (blocks.T[:, None] + self._offsets)[self._offsets[:, 0] < (computed - column * size)[:, None]]
         if self._moves.size:
             # What is still to be moved into the parent's block is taken from where it lies.
             moved = dict(self._moves[:, ::-1].tolist())
@@ -148,7 +147,7 @@ class BranchBlocks:
                 blocks = table.block_table[slot, count:have].copy()
                 table.block_table[slot, count:have] = -1
                 table.num_blocks[slot] = count
-                self.requests.held[table.request[slot]] -= np.count_nonzero(self.cache.release(blocks))
+                self.requests.held[table.request[slot]] -= self.cache.release(blocks).size
 
     def owners_of(self, slots: Int32Array) -> list[int]:
         """Requests with a branch that lists a block in which one of the pool's `slots` lies. Slow: for failures."""
@@ -160,29 +159,33 @@ class BranchBlocks:
     def _give_up(self, blocks: Int32Array, owners: IntArray) -> None:
         """Drop references to `blocks` [n], each on behalf of a request of `owners` [n]."""
         gone = self.cache.release(blocks)
-        np.subtract.at(self.requests.held, owners[gone], ONE)
+        if gone.size:
+            np.subtract.at(self.requests.held, owners[gone], ONE)
         if self._moves.size:
             # Moves into blocks that nobody lists any more are not made.
             targets = self._moves[:, 1] // self.cache.block_size
             self._moves = self._moves[self.cache.references[targets] > 0]
 
-    def inherit(self, children: IntArray, parents: IntArray, positions: Int32Array) -> None:
-        """Let slots `children` [n] share what slots `parents` [n] have of their paths before `positions` [n].
+    def inherit(self, children: Sequence[Branch]) -> None:
+        """Let newborn branches share what their parents have of the paths before [Fork].
 
-        Full blocks are shared for good; the partly filled one until the child's first step copies its filled slots.
+        Full blocks are shared for good; the partly filled one until a child's first step copies its filled slots.
         """
         table, size = self.table, self.cache.block_size
-        full = positions // size
-        partial = positions > full * size
-        counts = full + partial
-        listed = self._columns[: int(counts.max())] < counts[:, None]
-        blocks = table.block_table[parents, : listed.shape[1]]
-        table.block_table[children, : listed.shape[1]] = np.where(listed, blocks, -1)
-        table.num_blocks[children] = counts
-        table.computed[children] = positions
-        table.copy_tail[children] = partial
-        table.share[children] = np.minimum(table.share[parents], full)
-        self.cache.share(blocks[listed])
+        shared = []
+        for child in children:
+            assert child.parent is not None
+            slot, source, position = child.slot, child.parent.slot, child.start - 2
+            full = position // size
+            count = full + (position > full * size)
+            blocks = table.block_table[source, :count]
+            table.block_table[slot, :count] = blocks
+            table.num_blocks[slot] = count
+            table.computed[slot] = position
+            table.copy_tail[slot] = count - full
+            table.share[slot] = min(int(table.share[source]), full)
+            shared.append(blocks)
+        self.cache.share(np.concatenate(shared))
 
     def attach_prefix(self, branch: Branch) -> None:
         """Give a branch without blocks the longest cached prefix of its path, leaving a token to compute."""
@@ -249,14 +252,17 @@ class BranchBlocks:
         table = self.table
         for branch in remember:
             self.register(branch, int(table.computed[branch.slot]))
+        counts, owners, blocks = [], [], []
         # Blocks are evicted from the end on: those of the first branch first.
-        slots = np.array([branch.slot for branch in reversed(branches)])
-        counts = table.num_blocks[slots]
-        listed = self._columns[: int(counts.max())] < counts[:, None]
-        blocks = table.block_table[slots, : listed.shape[1]][listed]
-        table.block_table[slots, : listed.shape[1]] = -1
-        table.num_blocks[slots] = 0
-        table.computed[slots] = 0
-        table.copy_tail[slots] = 0
-        table.share[slots] = NO_LIMIT
-        self._give_up(blocks, table.request[slots].repeat(counts))
+        for branch in reversed(branches):
+            slot = branch.slot
+            count = int(table.num_blocks[slot])
+            counts.append(count)
+            owners.append(branch.request.index)
+            blocks.append(table.block_table[slot, :count].copy())
+            table.block_table[slot, :count] = -1
+            table.num_blocks[slot] = 0
+            table.computed[slot] = 0
+            table.copy_tail[slot] = 0
+            table.share[slot] = NO_LIMIT
+        self._give_up(np.concatenate(blocks), np.array(owners).repeat(counts))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import numpy.typing as npt
 
@@ -66,30 +64,22 @@ class BranchTable:
         """Slots that `take` can still give."""
         return len(self._free)
 
-    def take(self, branches: Sequence[Branch]) -> IntArray:
-        """Give each of `branches` a slot without blocks; returns these. Their paths are the caller's to write.
-
-        Raises KVCacheError if there are not so many.
-        """
-        count = len(branches)
-        if count > len(self._free):
+    def take(self, branch: Branch) -> int:
+        """Give `branch` a slot without blocks; returns it. Its path is the caller's to write."""
+        if not self._free:
             raise KVCacheError(f"all {self.capacity} branch slots are taken")
-        slots = [self._free.pop() for _ in range(count)]
-        for branch, slot in zip(branches, slots, strict=True):
-            branch.slot = slot
-            self.branches[slot] = branch
-        taken = np.array(slots)
-        self.first_step[taken] = -1
-        return taken
+        branch.slot = slot = self._free.pop()
+        self.branches[slot] = branch
+        self.first_step[slot] = -1
+        return slot
 
-    def give_back(self, branches: Sequence[Branch]) -> None:
-        """Free the slots of branches; their blocks must have been released."""
-        slots = [branch.slot for branch in branches]
-        for branch in branches:
-            branch.slot = -1
-        self.branches[slots] = None
-        self.generation[slots] += 1
-        self._free += slots
+    def give_back(self, branch: Branch) -> None:
+        """Free the branch's slot; its blocks must have been released."""
+        slot = branch.slot
+        self.branches[slot] = None
+        self.generation[slot] += 1
+        branch.slot = -1
+        self._free.append(slot)
 
     def branches_at(self, slots: IntArray) -> list[Branch]:
         """The branches in `slots`, all of which are taken."""

@@ -15,7 +15,6 @@ from apar.runtime.booking import StepReport
 from apar.runtime.branch import Request
 from apar.runtime.device_logits import DeviceLogits
 from apar.runtime.executor.base import Executor
-from apar.runtime.fork_bans import BoolArray
 from apar.runtime.host_tier import HostTier
 from apar.runtime.kv_cache import KVCache
 from apar.runtime.limits import SchedulerLimits
@@ -28,7 +27,7 @@ from apar.runtime.speculative.options import DraftOptions
 from apar.runtime.speculative.runs import Runs
 from apar.runtime.speculative.speculation import Speculation, make_speculation
 from apar.runtime.speculative.verification import Verification
-from apar.runtime.step import Float32Array, Int32Array, IntArray
+from apar.runtime.step import BoolArray, Float32Array, Int32Array, IntArray
 from apar.runtime.step_cost import FittedStepCost, StepCost
 from apar.runtime.step_writer import Step
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
 from apar.export.manifest import TokenIds
 from apar.runtime.branch_table import NEVER, NOT_HERE, BranchTable
@@ -11,9 +10,7 @@ from apar.runtime.counters import ForkDenial, SchedulerCounters
 from apar.runtime.fork_policy import FirstCome
 from apar.runtime.request_table import RequestTable
 from apar.runtime.row_groups import RowGroups
-from apar.runtime.step import Int32Array, IntArray
-
-BoolArray = npt.NDArray[np.bool_]
+from apar.runtime.step import BoolArray, Int32Array, IntArray
 
 
 class ForkBans:
@@ -62,11 +59,11 @@ class ForkBans:
         if np.count_nonzero(~full & (live + groups.sizes > most)):
             # Not all rows of some request may fork: the first ones, of those that nothing else forbids it.
             candidates = ~banned
-            before: IntArray = np.cumsum(candidates) - candidates
+            before: IntArray = candidates.cumsum() - candidates
             banned |= (live - before[groups.starts])[groups.place] + before >= most[groups.place]
         if banned.size - np.count_nonzero(banned) > self.table.num_free:
             candidates = ~banned
-            banned |= np.cumsum(candidates) > self.table.num_free
+            banned |= candidates.cumsum() > self.table.num_free
         self._by_load = self.policy.deny_forks(~banned, groups)
         if self._by_load is not None:
             banned |= self._by_load[0]

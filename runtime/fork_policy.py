@@ -7,16 +7,13 @@ docs/scheduling.md says what each is for.
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
 from apar.runtime.branch import Request
 from apar.runtime.counters import ForkDenial, SchedulerCounters
 from apar.runtime.limits import SchedulerLimits
 from apar.runtime.request_queues import RequestQueues
 from apar.runtime.row_groups import RowGroups
-from apar.runtime.step import IntArray
-
-BoolArray = npt.NDArray[np.bool_]
+from apar.runtime.step import BoolArray, IntArray
 
 
 class FirstCome:
@@ -43,13 +40,14 @@ class FirstCome:
         rows = self.queues.num_rows + max(len(request.live), 1)
         return request if rows <= self.limits.admitted_rows else None
 
-    def take_turns(self, rows: IntArray, groups: RowGroups, seats: int) -> BoolArray | None:
+    def take_turns(self, rows: IntArray, seats: int) -> BoolArray | None:
         """Which rows take part in a step of `seats` rows; None: all. Requests take part whole or not at all.
 
         Where there are more, they take turns from a place that moves on with every step.
         """
         if rows.size <= seats:
             return None
+        groups = self.queues.groups_of(rows)
         count = groups.starts.size
         first = self._rotation % count
         order = np.arange(first, first + count) % count

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from apar.export.errors import AparError
-from apar.runtime.step import BoolArray, Int32Array, IntArray
+from apar.runtime.step import Int32Array, IntArray
 
 if TYPE_CHECKING:
     from apar.runtime.host_tier import HostTier
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 ROOT_DIGEST = b""
 ONE = np.int32(1)
 """A typed number: with a plain one `ufunc.at` takes ten times as long."""
+NONE: IntArray = np.zeros(0, dtype=np.int64)
 
 
 class KVCacheError(AparError):
@@ -110,36 +111,35 @@ class KVCache:
         """Add a reference for each entry of `blocks` (all referenced already; some may be listed several times)."""
         np.add.at(self.references, blocks.astype(np.int64), ONE)
 
-    def release(self, blocks: Int32Array) -> BoolArray:
+    def release(self, blocks: Int32Array) -> IntArray:
         """Drop a reference for each entry of `blocks` [n]; a block may be listed several times.
 
-        Later entries are evicted first: those of a path are less useful than earlier ones. Returns [n] the entries with
-        which the last reference to a block went, one for each such block.
+        Later entries are evicted first: those of a path are less useful than earlier ones. Returns indices of the
+        entries with which the last reference to a block went, one for each such block.
         """
         index = blocks.astype(np.int64)
         np.subtract.at(self.references, index, ONE)
         left = self.references[index]
-        unreferenced: BoolArray = left == 0
-        if not blocks.size or left.min() > 0:
-            return unreferenced
-        if left.min() < 0:
+        least = left[left.argmin()] if left.size else 1
+        if least > 0:
+            return NONE
+        if least < 0:
             np.add.at(self.references, index, ONE)
             raise KVCacheError(f"block {int(blocks[left.argmin()])} is released more often than it was taken")
-        entries = unreferenced.nonzero()[0][::-1]
+        entries: IntArray = (left == 0).nonzero()[0][::-1]
         gone = index[entries]
         # Of equal blocks the one is kept that was written last: the first entry.
         self._entry[gone] = entries
         first = self._entry[gone] == entries
-        if not first.all():
-            unreferenced[entries[~first]] = False
-            gone = gone[first]
+        if np.count_nonzero(first) < first.size:
+            entries, gone = entries[first], gone[first]
         registered = self._registered[gone]
         if np.count_nonzero(registered):
             self._retire(gone[registered])
             gone = gone[~registered]
         self._free[self._num_free : self._num_free + gone.size] = gone
         self._num_free += gone.size
-        return unreferenced
+        return entries
 
     def register(self, block: int, digest: bytes) -> None:
         """Make a full block findable by its digest. A digest that another block holds is left there."""

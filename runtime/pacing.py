@@ -6,11 +6,10 @@ import numpy as np
 
 from apar.runtime.branch import Request
 from apar.runtime.counters import SchedulerCounters
-from apar.runtime.fork_policy import BoolArray
 from apar.runtime.limits import SchedulerLimits
 from apar.runtime.request_table import RequestTable
-from apar.runtime.step import IntArray
-from apar.runtime.step_cost import StepCost
+from apar.runtime.step import BoolArray, IntArray
+from apar.runtime.step_cost import Float64Array, StepCost
 
 AIM = 0.97
 """Part of the service level that is aimed at. Requests that wait for each other all end near what they are allowed, so
@@ -28,6 +27,13 @@ SLOWEST = 0.1
 """Part of the admitted requests that may be slower than what a new one is taken for while it waits."""
 MOST_HASTE = 10
 """A request's tokens are taken to need at most so many times the plain pace."""
+
+
+def at_rank(values: Float64Array, rank: int) -> float:
+    """The value that stands at `rank` when `values` are sorted."""
+    ordered = values.copy()
+    ordered.partition(rank)
+    return float(ordered[rank])
 
 
 class Pacing:
@@ -107,8 +113,7 @@ class Pacing:
         token = self._factor * alone + ahead / HORIZON
         speed = np.maximum((sampled + TYPICAL * self.typical) / (steps + TYPICAL), 1.0)
         if owners.size:
-            place = int(SLOWEST * (owners.size - 1))
-            self.slow = float(np.partition(speed, place)[place])
+            self.slow = at_rank(speed, int(SLOWEST * (owners.size - 1)))
         self.allowed[owners] = allowed = speed * token
         self.need[owners] = 1 / np.maximum(token, self.plain / MOST_HASTE)
         late: BoolArray = (allowed < self.shortest) | ((sampled == 0) & (waited > self.patience))

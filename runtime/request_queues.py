@@ -40,6 +40,9 @@ class RequestQueues:
         """Slots to be put in: each behind the last row of its request, or at the end if that has none."""
         self._place = np.zeros(table.capacity, dtype=np.int64)
         """Scratch, by slot or request index: a place in the rows."""
+        self._kept = np.ones(table.capacity, dtype=bool)
+        """Scratch, by place in the rows; true between two uses."""
+        self._numbers = np.arange(table.capacity)
         self._groups: RowGroups | None = None
         self._branches: list[Branch] = []
 
@@ -143,19 +146,19 @@ class RequestQueues:
         """The rows without those that are gone and with those that have come."""
         rows, place = self._rows, self._place
         if self._gone:
-            place[rows] = np.arange(rows.size)
-            kept = np.ones(rows.size, dtype=bool)
-            kept[place[self._gone]] = False
-            rows = rows[kept]
+            place[rows] = self._numbers[: rows.size]
+            gone = place[np.array(self._gone)]
+            self._kept[gone] = False
+            rows = rows[self._kept[: rows.size]]
+            self._kept[gone] = True
         if not self._come:
             return rows
         come = np.array(self._come)
         old, new = self.table.request[rows], self.table.request[come]
-        keys = np.arange(rows.size + come.size)
         place[new] = rows.size
-        place[old] = keys[: rows.size]  # of a request's rows the last one is written last
-        keys[rows.size :] = place[new]
-        edited: IntArray = np.concatenate((rows, come))[keys.argsort(kind="stable")]
+        place[old] = self._numbers[: rows.size]  # of a request's rows the last one is written last
+        order = np.concatenate((self._numbers[: rows.size], place[new])).argsort(kind="stable")
+        edited: IntArray = np.concatenate((rows, come))[order]
         return edited
 
     def branches_at(self, slots: IntArray) -> list[Branch]:

@@ -21,8 +21,6 @@ class RequestTable:
         self.remaining = np.zeros(capacity, dtype=np.int64)
         """Tokens of `max_tokens` that are left to sample, over the whole tree."""
         self.max_branches = np.zeros(capacity, dtype=np.int32)
-        self.branch_tokens = np.zeros(capacity, dtype=np.int32)
-        """Tokens that each branch may sample: `max_branch_tokens`, or what the context holds."""
         self.live = np.zeros(capacity, dtype=np.int32)
         """Live branches."""
         self.held = np.zeros(capacity, dtype=np.int32)
@@ -56,8 +54,8 @@ class RequestTable:
         """Requests that `add` can still take."""
         return len(self._free)
 
-    def add(self, request: Request, params: SamplingParams, max_branches: int, max_context: int) -> int:
-        """Give a request an index; returns it. The server's own limits are `max_branches` and `max_context`."""
+    def add(self, request: Request, params: SamplingParams, max_branches: int) -> int:
+        """Give a request an index; returns it."""
         index = self._free.pop()
         request.index = index
         self.requests[index] = request
@@ -70,7 +68,6 @@ class RequestTable:
         self.arrived[index] = request.arrived
         self.late[index] = request.late
         self.max_branches[index] = min(params.max_branches, max_branches)
-        self.branch_tokens[index] = min(params.max_branch_tokens or max_context, max_context)
         self.catching_up[index] = False
         self.stop_tokens[index] = bool(params.stop_token_ids)
         self.stop_strings[index] = bool(params.stop)

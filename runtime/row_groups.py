@@ -9,6 +9,8 @@ import numpy as np
 
 from apar.runtime.step import Int32Array, IntArray
 
+NO_ROWS: IntArray = np.zeros(0, dtype=np.int64)
+
 
 @dataclass(frozen=True, eq=False)
 class RowGroups:
@@ -29,17 +31,15 @@ class RowGroups:
     def of(cls, requests: IntArray) -> RowGroups:
         """Group rows by their requests, whose rows must stand together."""
         count = requests.size
-        edges = np.flatnonzero(requests[1:] != requests[:-1])
-        starts = np.zeros(edges.size + (count > 0), dtype=np.int64)
-        starts[1:] = edges + 1
-        sizes = np.empty_like(starts)
-        sizes[:-1] = starts[1:] - starts[:-1]
-        if count:
-            sizes[-1] = count - starts[-1]
-        bounds = np.empty(starts.size + 1, dtype=np.int32)
-        bounds[:-1] = starts
+        if not count:
+            return cls(requests, NO_ROWS, NO_ROWS, NO_ROWS, np.zeros(1, dtype=np.int32))
+        edges = (requests[1:] != requests[:-1]).nonzero()[0]
+        bounds = np.empty(edges.size + 2, dtype=np.int64)
+        bounds[0] = 0
+        np.add(edges, 1, out=bounds[1:-1])
         bounds[-1] = count
-        return cls(requests, starts, sizes, requests[starts], bounds)
+        starts = bounds[:-1]
+        return cls(requests, starts, bounds[1:] - starts, requests[starts], bounds.astype(np.int32))
 
     @property
     def single(self) -> bool:
@@ -49,7 +49,7 @@ class RowGroups:
     @cached_property
     def place(self) -> IntArray:
         """[R] group of each row: `values[place]` gives what groups [G] have in common to their rows."""
-        return np.repeat(np.arange(self.starts.size), self.sizes)
+        return np.arange(self.starts.size).repeat(self.sizes)
 
     def rank(self) -> IntArray:
         """[R] place of each row in its group."""

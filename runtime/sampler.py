@@ -25,7 +25,6 @@ everything banned) is reported in `SampleResult.failed`; the other rows are unaf
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -88,7 +87,7 @@ class Sampler:
         self._prompt_tokens = np.zeros(capacity, dtype=np.int32)
         self._min_tokens = np.zeros(capacity, dtype=np.int32)
         self._numbers = np.zeros((capacity, 4), dtype=np.float64)
-        self._prepared = np.full(capacity, None, dtype=object)
+        self._prepared: list[PreparedParams | None] = [None] * capacity
 
     def prepare(self, params: SamplingParams) -> PreparedParams:
         """Check a request's parameters against the vocabulary and convert them. Raises RequestError.
@@ -111,19 +110,19 @@ class Sampler:
         self._numbers[slot] = prepared.numbers
         self._prepared[slot] = prepared
 
-    def inherit(self, children: IntArray, parents: IntArray, keys: Sequence[int]) -> None:
-        """Give slots `children` [n] to branches of the requests in slots `parents` [n]; `keys` as in `attach`."""
-        self._flags[children] = self._flags[parents] & ~MIN_TOKENS
-        self._keys[children] = np.array(keys, dtype=np.uint64)
-        self._prompt_tokens[children] = self._prompt_tokens[parents]
-        self._min_tokens[children] = 0
-        self._numbers[children] = self._numbers[parents]
-        self._prepared[children] = self._prepared[parents]
+    def inherit(self, child: int, parent: int, key: int) -> None:
+        """Give slot `child` to a branch of the request in slot `parent`; `key` as in `attach`."""
+        self._flags[child] = self._flags[parent] & ~MIN_TOKENS
+        self._keys[child] = key
+        self._prompt_tokens[child] = self._prompt_tokens[parent]
+        self._min_tokens[child] = 0
+        self._numbers[child] = self._numbers[parent]
+        self._prepared[child] = self._prepared[parent]
 
-    def detach(self, slots: IntArray) -> None:
-        """Take slots from their branches. Idempotent."""
-        self._flags[slots] = 0
-        self._prepared[slots] = None
+    def detach(self, slot: int) -> None:
+        """Take a slot from its branch. Idempotent."""
+        self._flags[slot] = 0
+        self._prepared[slot] = None
 
     def is_greedy(self, slots: Int32Array | IntArray) -> BoolArray:
         """bool [L]: rows that take the largest logit instead of drawing."""
@@ -296,7 +295,7 @@ class Sampler:
                 penalise(logits[row], self._of(slot).params, path, int(self._prompt_tokens[slot]), self._exempt)
 
     def _of(self, slot: int | np.int32) -> PreparedParams:
-        prepared: PreparedParams | None = self._prepared[slot]
+        prepared = self._prepared[slot]
         assert prepared is not None  # flags are zero in a detached slot
         return prepared
 

@@ -29,7 +29,7 @@ from apar.runtime.branch_blocks import BranchBlocks
 from apar.runtime.branch_table import BranchTable
 from apar.runtime.catching_up import CatchingUp
 from apar.runtime.counters import SchedulerCounters
-from apar.runtime.fork_bans import BoolArray, ForkBans
+from apar.runtime.fork_bans import ForkBans
 from apar.runtime.fork_policy import FirstCome
 from apar.runtime.kv_cache import KVCache, KVCacheError
 from apar.runtime.lifecycle import Lifecycle
@@ -41,7 +41,7 @@ from apar.runtime.request_table import RequestTable
 from apar.runtime.row_groups import RowGroups
 from apar.runtime.sampler import Sampler
 from apar.runtime.speculative.speculation import Speculation
-from apar.runtime.step import Int32Array, IntArray
+from apar.runtime.step import BoolArray, Int32Array, IntArray
 from apar.runtime.step_cost import StepCost, kv_read
 from apar.runtime.step_writer import Plan, Step, StepWriter
 
@@ -129,7 +129,7 @@ class Scheduler:
 
     def finish_branch(self, branch: Branch, reason: FinishReason) -> bool:
         """End one branch between two steps; returns whether that ended its request."""
-        self._lifecycle.finish([branch], [reason], [False])
+        self._lifecycle.finish([(branch, reason, False)])
         return branch.request.state is RequestState.FINISHED
 
     def preempt(self, request: Request) -> None:
@@ -288,7 +288,7 @@ class Scheduler:
         if self.catching:
             rows = rows[~self.requests.catching_up[table.request[rows]]]
         seats = self.limits.max_rows - self.policy.kept_seats(len(self.catching))
-        keep = self.policy.take_turns(rows, self.queues.groups_of(rows), seats) if rows.size else None
+        keep = self.policy.take_turns(rows, seats) if rows.size else None
         if keep is not None:
             rows = rows[keep]
         reach = None

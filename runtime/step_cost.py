@@ -60,7 +60,7 @@ class FittedStepCost(StepCost):
 
     def seconds(self, tokens: npt.ArrayLike, kv: npt.ArrayLike) -> Float64Array:
         """See StepCost.seconds."""
-        base, per_token, per_kv = self.coefficients
+        base, per_token, per_kv = self._expects
         predicted: Float64Array = base + per_token * np.asarray(tokens, float) + per_kv * np.asarray(kv, float)
         return predicted
 
@@ -111,4 +111,4 @@ def kv_read(inputs: StepInputs, block_size: int) -> int:
     """Tokens whose K/V a step reads: every row its path, blocks that a group of siblings shares once."""
     bounds = inputs.prefix_rows
     again = bounds[1:] - bounds[:-1] - 1
-    return int(inputs.kv_len.sum(dtype=np.int64)) - block_size * int(inputs.prefix_blocks @ again)
+    return int(np.add.reduce(inputs.kv_len)) - block_size * int(inputs.prefix_blocks @ again)

@@ -8,11 +8,11 @@ import numpy as np
 
 from apar.runtime.branch_blocks import NO_COPIES
 from apar.runtime.branch_table import BranchTable
-from apar.runtime.fork_bans import BoolArray, ForkBans
+from apar.runtime.fork_bans import ForkBans
 from apar.runtime.request_table import RequestTable
 from apar.runtime.row_groups import RowGroups
 from apar.runtime.speculative.row_drafts import RowDrafts
-from apar.runtime.step import NO_SWAPS, Int32Array, IntArray, StepInputs
+from apar.runtime.step import NO_SWAPS, BoolArray, Int32Array, IntArray, StepInputs
 
 
 @dataclass(slots=True)
@@ -87,7 +87,7 @@ class StepWriter:
         if num_tokens == num_rows:
             token_rows, index = rows, computed
         else:
-            row_of_token = np.repeat(self._arange[:num_rows], counts)
+            row_of_token = self._arange[:num_rows].repeat(counts)
             token_rows = rows[row_of_token]
             index = (computed - query_start[:-1])[row_of_token] + self._arange[:num_tokens]
         # block * size + index % size, in fewer passes.
@@ -110,7 +110,7 @@ class StepWriter:
             positions = index.copy()
             positions[places] = length[drafts.rows] - 1 + drafts.tree.depth[drafts.nodes]
             if not drafts.linear:
-                mask = drafts.tree_mask(query_start, index - np.repeat(computed, counts))
+                mask = drafts.tree_mask(query_start, index - computed.repeat(counts))
         sampled, sampled_groups = rows, groups
         if resuming:
             # A tree that is being resumed samples only when all its branches have caught up.
@@ -125,7 +125,7 @@ class StepWriter:
             position_ids=positions,
             query_start=query_start,
             kv_len=kv_len,
-            block_table=table.block_table[rows, : int(table.num_blocks[rows].max())],
+            block_table=table.block_table[rows, : int(np.maximum.reduce(table.num_blocks[rows]))],
             slot_mapping=slot_mapping,
             slot_copies=plan.copies,
             prefix_rows=groups.bounds,
@@ -153,5 +153,5 @@ class StepWriter:
         if groups.single:
             return np.zeros(groups.starts.size, dtype=np.int32)
         shared: Int32Array = np.minimum.reduceat(self.table.share[rows], groups.starts)
-        shared[groups.sizes == 1] = 0
+        shared *= groups.sizes > 1
         return shared

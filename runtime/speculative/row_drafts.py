@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from apar.runtime.fork_bans import BoolArray
 from apar.runtime.speculative.tree import DraftTree, causal_masks
-from apar.runtime.step import Int32Array, IntArray
+from apar.runtime.step import BoolArray, Int32Array, IntArray
 
 
 @dataclass(slots=True)

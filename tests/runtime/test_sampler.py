@@ -491,8 +491,8 @@ def test_read_only_logits_and_no_rows() -> None:
 def test_slots_forget_their_last_branch() -> None:
     batch = Batch()
     batch.add(0, SamplingParams(logit_bias={30: 100.0}, min_tokens=5, logprobs=1))
-    batch.sampler.detach(np.array([0]))
-    batch.sampler.detach(np.array([0]))
+    batch.sampler.detach(0)
+    batch.sampler.detach(0)
     batch.add(0, SamplingParams())
     result = batch.sample([ramp(t2=5)])
     assert result.tokens.tolist() == [2] and result.logprobs == {}
