@@ -92,6 +92,35 @@ def test_forgotten_blocks_are_never_matched() -> None:
     assert cache.known(chain) == 0 and cache.num_cached == 0
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_tables_released_together_leave_what_they_leave_one_after_the_other(seed: int) -> None:
+    """Tables that share blocks: the same blocks go, and they are evicted in the same order."""
+    random = np.random.default_rng(seed)
+    chain = digests(*[[i, i] for i in range(12)])
+    tables = [random.permutation(12)[:6].astype(np.int32) for _ in range(4)]
+    together, apart = KVCache(12, 2), KVCache(12, 2)
+    for cache in (together, apart):
+        blocks = cache.allocate(12)
+        for block in range(12):
+            if block % 4:
+                cache.register(block, chain[block])
+        for table in tables:
+            cache.share(table)
+        cache.release(blocks)
+    listed = np.concatenate(tables[::-1])
+    gone = listed[together.release(listed)]
+    assert sorted(gone.tolist()) == sorted(set(listed.tolist()))
+    for table in tables:
+        apart.release(table)
+    while together.num_cached:
+        together.check()
+        apart.check()
+        assert [together.known([digest]) for digest in chain] == [apart.known([digest]) for digest in chain]
+        for cache in (together, apart):
+            cache.allocate(cache.available - cache.num_cached + 1)
+            cache.release(np.flatnonzero(cache.references).astype(np.int32))
+
+
 def test_without_prefix_caching_nothing_is_kept() -> None:
     cache = KVCache(4, 2, prefix_caching=False)
     blocks = cache.allocate(2)
