@@ -117,6 +117,8 @@ class TorchExecutor(Executor):
             f"PyTorch {torch.__version__} reference on the {self._device.type}, {torch.get_num_threads()} threads, "
             f"{self.num_blocks} blocks of {self.manifest.block_size} ({kv_dtype})"
         )
+        if self.host_blocks:
+            self.detail += f", {self.host_blocks} host blocks"
 
     def execute(self, inputs: StepInputs) -> Float32Array:
         """See Executor.execute."""

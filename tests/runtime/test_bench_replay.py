@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,16 @@ class TestClosedForms:
         assert model.seconds(work) == (300 * 20 + 2 * 210) / 2 + 5
         assert model.seconds(StepWork.one_row(1, 21)) == 1000 + 21 + 1 + 5
 
+    def test_swaps(self) -> None:
+        """Copies out go on beside the step, which waits for those that come in."""
+        model = CostModel(**{**fields(UNIT), "host_bytes_per_second": 2.0})
+        work = StepWork.one_row(1, 20)
+        alone = 1000 + 21 + 5
+        assert model.seconds(work) == alone
+        assert model.seconds(dataclasses.replace(work, swapped_out=2000)) == alone
+        assert model.seconds(dataclasses.replace(work, swapped_out=2400)) == 1200 + 5
+        assert model.seconds(dataclasses.replace(work, swapped_out=2400, swapped_in=32)) == 1200 + 5 + 16
+
     def test_work_of_a_step(self) -> None:
         empty = np.zeros((0, 2), np.int32)
         array = lambda *values: np.array(values, np.int32)  # noqa: E731
@@ -223,6 +234,30 @@ class TestBooks:
             assert result["peak_blocks"] <= blocks and result["mean_blocks"] <= result["peak_blocks"]
             assert (result["preemptions"] > 0) == (blocks == 31)
 
+    @pytest.mark.parametrize("policy", POLICIES)
+    def test_host_blocks_take_the_place_of_computing_again(self, policy: ForkPolicy) -> None:
+        """The executor checks every path that comes back."""
+        order = [index % 4 for index in range(24)]
+        limits = SchedulerLimits(fork_policy=policy)
+        without, kept, ample = (
+            replay(MIXED, order=order, concurrency=8, limits=limits, kv_blocks=blocks, host_blocks=host)[0]
+            for blocks, host in ((31, 0), (31, 200), (1000, 0))
+        )
+        assert ample["tokens_recomputed"] == ample["preemptions"] == without["blocks_swapped_out"] == 0
+        assert without["tokens"] == kept["tokens"] and without["request_steps"] == kept["request_steps"]
+        assert kept["preemptions"] > 0 and 0 < kept["blocks_swapped_in"] <= kept["blocks_swapped_out"]
+        assert kept["tokens_recomputed"] < without["tokens_recomputed"] / 2
+
+    def test_prompts_that_come_again(self) -> None:
+        order = [0, 1, 2, 3] * 3
+        found = [
+            replay(MIXED, order=order, kv_blocks=31, host_blocks=host, same_prompts=True)[0]["tokens_cached"]
+            for host in (0, 100)
+        ]
+        full = sum((tree["prompt_tokens"] - 1) // 4 * 4 for tree in MIXED)
+        assert found[0] < found[1] == 2 * full
+        assert replay(MIXED, order=order, kv_blocks=31, host_blocks=100)[0]["tokens_cached"] == 0
+
     def test_blocks_by_hand(self) -> None:
         result, bench = replay(FORKING)
         records = bench.executor.records
@@ -308,6 +343,7 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
+            (["--host-blocks", "-1"], "at least 0"),
             (["--kv-blocks", "2"], "do not hold the longest answer"),
             (["--requests-per-second", "0"], "is not above 0"),
             (["--requests-per-second", "x"], "is not a number"),
@@ -339,6 +375,10 @@ class TestCommand:
         assert result["settings"]["cost_model"]["name"] == "7b-h200"
         assert main([*arguments, "--concurrency", "3"]) == 0
         out = capsys.readouterr().out
+        assert "swapped" not in out and "computed again" not in out
+        assert main([*arguments, "--host-blocks", "50", "--same-prompts"]) == 0
+        more = capsys.readouterr().out
+        assert "over 50 host blocks" in more and "found in the cache" in more and "computed again" in more
         assert "9 replies of some, 3 in flight, fork policy never" in out and "within the service level" in out
 
 

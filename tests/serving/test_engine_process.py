@@ -255,6 +255,22 @@ def test_drafts_change_nothing_but_the_numbers(folder: Path, tiny_engine: Path, 
     running.end()
 
 
+def test_a_host_tier_shows_in_the_numbers(folder: Path, tiny_engine: Path) -> None:
+    sizes = {"max_rows": "4", "num_blocks": "16", "host_blocks": "99"}
+    running = Process(folder, engine=str(tiny_engine), executor="torch", device="cpu", **sizes)
+    with contextlib.closing(running.connect()) as owner:
+        for number in range(6):  # more than the pool holds, once they have ended
+            owner.ask(number, text=f"Question {number}: {QUESTION}", params={"max_tokens": 60})
+        ends = 0
+        while ends < 6:
+            ends += "final" in owner.take()
+        owner.await_numbers()
+        gauges = owner.await_numbers()["gauges"]
+        swapped = sum(numbers["counters"].get("blocks_swapped_out_total", 0) for numbers in owner.numbers)
+        assert gauges["host_blocks_total"] == 99 and 0 < gauges["host_blocks_used"] <= swapped
+    running.end()
+
+
 def test_what_cannot_be_loaded_is_said(folder: Path) -> None:
     for settings, message in (
         ({"engine": "/no/such/engine"}, "/no/such/engine is neither an engine directory"),

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from apar.export.errors import AparError
+from apar.runtime.cli import serve
+from apar.runtime.cli.engine_options import scheduler_limits
 from apar.runtime.serving.engine import wire
 from apar.runtime.serving.engine.settings import NAMES, parse_settings
 from apar.runtime.serving.repository import MODELS, read_parameters, repository_source, write_repository
@@ -88,6 +90,22 @@ def test_wrong_values(texts: dict[str, str], message: str) -> None:
     with pytest.raises(AparError) as caught:
         parse_settings(texts)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["--num-blocks", "7", "--host-blocks", "9"], {"num_blocks": 7, "host_blocks": 9}),
+        (
+            ["--kv-memory-mb", "5", "--kv-host-memory-mb", "6", "--threads", "2"],
+            {"kv_memory_bytes": 5 << 20, "kv_host_memory_bytes": 6 << 20, "threads": 2},
+        ),
+    ],
+)
+def test_options_of_apar_serve_reach_the_engine(given: list[str], expected: dict[str, int]) -> None:
+    options = serve.make_parser().parse_command(["tiny", *given])
+    texts = serve._parameters(options, Path("/engine"), scheduler_limits(options))
+    assert parse_settings(texts).options == expected
 
 
 def test_every_parameter_of_the_shipped_configuration_is_known() -> None:
