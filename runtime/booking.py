@@ -196,6 +196,10 @@ class Booking:
             request = self.requests.at(index)
             report.ended += request.live
             report.finished.append(request)
-            self.lifecycle.fail(request, "the model's logits are not finite; check the checkpoint and its quantisation")
+            self.lifecycle.fail(
+                request,
+                "the model's logits are not finite; check the checkpoint and its quantisation, and build with "
+                "--kv-dtype float32 where keys or values may exceed float16's range",
+            )
         kept: BoolArray = ~np.isin(requests, hit)
         return kept

@@ -135,9 +135,11 @@ def test_the_environment_of_templates() -> None:
     source = (
         "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% if loop.first %}{% break %}"
         "{% endif %}{% endfor %}{{ strftime_now('%Y') | length }}{{ messages | tojson | length > 0 }}"
+        "{{ {'b': 'ü', 'a': 1} | tojson(ensure_ascii=True, separators=(',', ':'), sort_keys=True) }}"
     )
     tokenizer = sentencepiece_tokenizer(source)
-    assert tokenizer.decode(render_chat([user("a"), assistant("b"), user("c")], tokenizer)) == "a4True"
+    rendered = tokenizer.decode(render_chat([user("a"), assistant("b"), user("c")], tokenizer))
+    assert rendered == 'a4True{"a":1,"b":"\\u00fc"}'
 
 
 @pytest.mark.parametrize(
