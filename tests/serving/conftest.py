@@ -30,8 +30,11 @@ def installed_server() -> TritonServer:
 def triton(
     installed_server: TritonServer, tiny_engine: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[TritonService]:
-    """A server on the shipped repository with the tiny engine."""
-    with TritonService(installed_server, tmp_path_factory.mktemp("triton"), tiny_engine) as service:
+    """A server on the shipped repository with the tiny engine, under a name that is not ASCII."""
+    folder = tmp_path_factory.mktemp("triton")
+    engine = folder / "kleiner Motor für Tests"
+    engine.symlink_to(tiny_engine)
+    with TritonService(installed_server, folder, engine) as service:
         yield service
 
 

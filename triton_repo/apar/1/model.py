@@ -36,7 +36,8 @@ class TritonPythonModel:
             self._link = EngineLink(name, self._settings, self._on_numbers, self._on_change)
             self._link.open()
         except (ParameterError, LinkError, OSError) as error:
-            raise pb_utils.TritonModelException(f"model {name}: {error}") from None
+            text = f"model {name}: {error}".encode("utf-8", "backslashreplace")  # a path may be no text
+            raise pb_utils.TritonModelException(text.decode()) from None
         if self._settings.owner:  # not earlier: what a model that fails to load has registered stays for ever
             metrics = EngineMetrics(name)
             metrics.level("engine_ready", 1)

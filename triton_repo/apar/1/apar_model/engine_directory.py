@@ -83,7 +83,7 @@ class EngineDirectory:
 
     def write_failure(self, text: str) -> None:
         """Tell the other models why there will be no engine."""
-        with open(self.failure, "w", encoding="utf-8") as file:
+        with open(self.failure, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
 
 

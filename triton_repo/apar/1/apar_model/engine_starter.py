@@ -36,7 +36,8 @@ class EngineStarter:
     def start(self) -> None:
         """Start one and return when it is ready; one that was started before is ended. Raises LinkError."""
         self.kill()
-        python = shutil.which(self._python)
+        # As this Python writes names of files, whatever its locale.
+        python = shutil.which(os.fsdecode(self._python.encode("utf-8", "surrogateescape")))
         if python is None:
             raise LinkError(
                 f"engine_python is {self._python!r}, which is no program; write the Python interpreter that has apar "

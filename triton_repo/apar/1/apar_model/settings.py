@@ -61,9 +61,10 @@ def fill(key: str, text: str) -> str:
 
     def value(match: re.Match[str]) -> str:
         name, default = match.groups()
-        found = os.environ.get(name)
+        found = os.environb.get(name.encode())
         if found:
-            return found
+            # The stub's Python takes them for ASCII where the server has no locale, as in most containers.
+            return found.decode("utf-8", "surrogateescape")
         if default is None:
             raise ParameterError(f"{key} is {text!r}, but the environment variable {name} is not set; set it")
         return default
