@@ -3,29 +3,39 @@
 from __future__ import annotations
 
 from time import perf_counter
+from typing import TypeVar
 
 from apar.runtime.branch import Branch, Request, RequestState
 from apar.runtime.branch_text import BranchText
-from apar.runtime.detokenizer import StopStrings
+from apar.runtime.detokenizer import IncrementalDetokenizer, StopStrings
 from apar.runtime.outputs import (
     BranchEvent,
     BranchOutput,
     DeltaEvent,
     FinishEvent,
-    FinishReason,
     ForkEvent,
     RequestOutput,
     Timing,
     Usage,
 )
+from apar.runtime.reading_order import ReadingOrderStream
 from apar.runtime.text import assemble
 from apar.runtime.tokenizer import Tokenizer
+
+Item = TypeVar("Item")
+
+BORN, ENDED, HELD = -1, -2, -3
+"""In the place of a token: the branch was born of its parent; it has ended; text that was held back came out."""
+Said = tuple[Branch, int, str, int]
+"""Branch, token or what else became of it, text that came of that, step."""
 
 
 class Answer:
     """Collects what a request's branches say.
 
-    Where nobody listens and no stop string is given, tokens become text only once, at the end.
+    The engine's thread only notes tokens (`grow`, `fork`, `end`); they become text and events when somebody takes
+    them, in his thread, so that decoding does not wait for it. Only stop strings have to be looked for at once. Where
+    nobody listens and no stop string is given, tokens become text only once, at the end.
 
     Args:
         request: as submitted to the engine.
@@ -36,8 +46,6 @@ class Answer:
     def __init__(self, request: Request, tokenizer: Tokenizer, listens: bool) -> None:
         params = request.params
         self.request = request
-        self.events: list[BranchEvent] = []
-        """Events that nobody has taken yet, in order."""
         self.listens = listens
         self.follows = listens or bool(params.stop)
         """Whether every token has to be looked at when it comes."""
@@ -47,42 +55,69 @@ class Answer:
         self.ended = 0.0
         self._tokenizer = tokenizer
         self._stops = StopStrings(params.stop, params.include_stop_in_output) if params.stop else None
-        self._texts: dict[Branch, BranchText] = {}
+        self._texts: dict[Branch, IncrementalDetokenizer | BranchText] = {}
+        self._noted: list[tuple[Branch, int, int]] = []
+        """(branch, token or what else became of it, step), not yet text."""
+        self._said: list[Said] = []
+        """What nobody has taken yet, where stop strings are looked for."""
 
     def grow(self, branch: Branch, token: int, step: int) -> bool:
         """A branch sampled a token that belongs to its text; returns whether a stop string ends it."""
-        text = self._text(branch)
-        delta = text.feed((token,))
-        if self.listens:
-            request_id = self.request.request_id
-            self.events.append(DeltaEvent(request_id, branch.branch_id, branch.depth, delta, [token], step))
-        return text.stopped
+        self._noted.append((branch, token, step))
+        if self._stops is None:
+            return False
+        self._hear()
+        text = self._texts[branch]
+        return isinstance(text, BranchText) and text.stopped
 
     def fork(self, child: Branch, step: int) -> None:
-        """A branch forked."""
-        parent = child.parent
-        assert parent is not None
-        held = self._text(parent).fork()
-        if self.listens:
-            self._say(parent, held, step)
-            request_id = self.request.request_id
-            self.events.append(ForkEvent(request_id, child.branch_id, parent.branch_id, child.depth, step))
+        """A branch was born."""
+        self._noted.append((child, BORN, step))
+        if self._stops is not None:
+            self._hear()
 
     def end(self, branch: Branch, step: int) -> None:
         """A branch ended for the reason it carries."""
-        held = self._text(branch).finish()
-        if self.listens:
-            self._say(branch, held, step)
-            reason: FinishReason = branch.finish_reason or "error"
-            self.events.append(FinishEvent(self.request.request_id, branch.branch_id, branch.depth, reason, step))
+        self._noted.append((branch, ENDED, step))
+        if self._stops is not None:
+            self._hear()
 
     @property
     def finished(self) -> bool:
-        """Whether the request has ended."""
+        """Whether the request has ended. In the engine's thread alone, after a step, that means that all is noted."""
         return self.request.state is RequestState.FINISHED
 
+    def take_events(self) -> list[BranchEvent]:
+        """Events that nobody has taken yet, in order. One thread takes them; it need not be the engine's."""
+        request_id = self.request.request_id
+        events: list[BranchEvent] = []
+        for branch, token, text, step in self._take_said():
+            number, depth = branch.branch_id, branch.depth
+            if token >= 0:
+                events.append(DeltaEvent(request_id, number, depth, text, [token], step))
+            elif token == HELD:
+                events.append(DeltaEvent(request_id, number, depth, text, [], step))
+            elif token == ENDED:
+                events.append(FinishEvent(request_id, number, depth, branch.finish_reason or "error", step))
+            else:
+                events.append(ForkEvent(request_id, number, _parent(branch).branch_id, depth, step))
+        return events
+
+    def take_text(self, order: ReadingOrderStream) -> str:
+        """What these events would set free in `order`."""
+        text = ""
+        for branch, token, said, _ in self._take_said():
+            if said:
+                text += order.delta(branch.branch_id, said)
+            elif token == ENDED:
+                text += order.finish(branch.branch_id)
+            elif token == BORN:
+                text += order.fork(branch.branch_id, _parent(branch).branch_id)
+        return text
+
     def output(self) -> RequestOutput:
-        """The result of a finished request."""
+        """The result of a finished request, whose last step the engine's thread has noted. In the thread that takes
+        events."""
         request = self.request
         arrived, now = request.arrived, self.ended or perf_counter()
         branches = [self._branch_output(branch) for branch in request.branches]
@@ -106,17 +141,40 @@ class Answer:
             error=request.error,
         )
 
-    def _text(self, branch: Branch) -> BranchText:
-        text = self._texts.get(branch)
-        if text is None:
-            unchecked = self.request.params.min_tokens if branch.parent is None else 0
-            text = self._texts[branch] = BranchText(self._tokenizer, self._stops, unchecked)
-        return text
+    def _hear(self) -> None:
+        """Look for stop strings in what was noted."""
+        said = self._read_notes()
+        if self.listens:
+            self._said += said
 
-    def _say(self, branch: Branch, text: str, step: int) -> None:
-        if text:
-            request_id = self.request.request_id
-            self.events.append(DeltaEvent(request_id, branch.branch_id, branch.depth, text, [], step))
+    def _take_said(self) -> list[Said]:
+        return self._read_notes() if self._stops is None else _take(self._said)
+
+    def _read_notes(self) -> list[Said]:
+        """Turn what was noted into text."""
+        texts, said = self._texts, []
+        for branch, token, step in _take(self._noted):
+            text = ""
+            if token >= 0:
+                text = (texts.get(branch) or self._text(branch)).feed_one(token)
+            else:
+                speaker = branch if token == ENDED else _parent(branch)
+                held = (texts.get(speaker) or self._text(speaker)).flush()
+                if held:
+                    said.append((speaker, HELD, held, step))
+            said.append((branch, token, text, step))
+        return said
+
+    def _text(self, branch: Branch) -> IncrementalDetokenizer | BranchText:
+        """What turns a new branch's tokens into text."""
+        text: IncrementalDetokenizer | BranchText
+        if self._stops is None:
+            text = IncrementalDetokenizer(self._tokenizer)
+        else:
+            unchecked = self.request.params.min_tokens if branch.parent is None else 0
+            text = BranchText(self._tokenizer, self._stops, unchecked)
+        self._texts[branch] = text
+        return text
 
     def _branch_output(self, branch: Branch) -> BranchOutput:
         ends = [position - branch.start for position in branch.forks] + [len(branch.tokens)]
@@ -126,7 +184,7 @@ class Answer:
             parent_id=None if branch.parent is None else branch.parent.branch_id,
             depth=branch.depth,
             token_ids=branch.tokens,
-            segments=self._texts[branch].segments if self.follows and branch in self._texts else self._segments(branch),
+            segments=self._segments(branch),
             children=[child.branch_id for child in branch.children],
             finish_reason=branch.finish_reason or "error",
             first_step=branch.first_step,
@@ -136,12 +194,24 @@ class Answer:
         )
 
     def _segments(self, branch: Branch) -> list[str]:
-        text = BranchText(self._tokenizer)
+        heard = self._texts.get(branch)
+        if isinstance(heard, BranchText):
+            return heard.segments
+        text, segments = IncrementalDetokenizer(self._tokenizer), []
         start = 0
         for position in branch.forks:
-            text.feed(branch.tokens[start : position - branch.start])
-            text.fork()
+            segments.append(text.feed(branch.tokens[start : position - branch.start]) + text.flush())
             start = position - branch.start + 1
-        text.feed(branch.tokens[start:])
-        text.finish()
-        return text.segments
+        return [*segments, text.feed(branch.tokens[start:]) + text.flush()]
+
+
+def _parent(branch: Branch) -> Branch:
+    assert branch.parent is not None
+    return branch.parent
+
+
+def _take(items: list[Item]) -> list[Item]:
+    """Take out what is there; another thread may append meanwhile."""
+    taken = items[:]
+    del items[: len(taken)]
+    return taken

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from apar.export.errors import EngineStoppedError
 from apar.runtime.answer import Answer
@@ -22,6 +22,7 @@ from apar.runtime.text_engine import Prompt
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Item = BranchEvent | RequestOutput | EngineStoppedError
 
 
@@ -123,7 +124,7 @@ class AsyncLLM:
             answer = self._text.cancel(request_id)
             if answer is None:
                 return False
-            self._deliver(answer)
+            self._deliver([answer])
             return True
 
         return await asyncio.wrap_future(self._loop.call(cancel))
@@ -152,36 +153,61 @@ class AsyncLLM:
         if self._listeners.pop(request_id, None) is not None:
             self._text.cancel(request_id)
 
-    def _deliver(self, answer: Answer) -> None:
-        request_id = answer.request.request_id
-        listener = self._listeners.get(request_id)
-        items: list[Item] = list(answer.events)
-        answer.events.clear()
-        if answer.finished:
-            items.append(answer.output())
-            self._listeners.pop(request_id, None)
-        if listener is not None and items:
-            listener.put(items)
+    def _deliver(self, answers: Sequence[Answer]) -> None:
+        """Wake the listeners, each event loop once: there, and not in the engine's thread, tokens become text."""
+        due: dict[asyncio.AbstractEventLoop, list[_News]] = {}
+        for answer in answers:
+            listener = self._listeners.get(answer.request.request_id)
+            if listener is None:
+                continue
+            if answer.finished:
+                del self._listeners[answer.request.request_id]
+            due.setdefault(listener.loop, []).append((listener, answer, answer.finished))
+        for loop, news in due.items():
+            _call(loop, _tell, news)
 
     def _stopped(self, reason: str) -> None:
         """End every stream."""
         for listener in self._listeners.values():
-            listener.put([EngineStoppedError(reason)])
+            stopped: list[Item] = [EngineStoppedError(reason)]
+            _call(listener.loop, listener.put, stopped)
         self._listeners.clear()
 
 
 class _Listener:
-    """Hands items from the engine's thread to one caller's event loop."""
+    """One caller's items. Belongs to his event loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+        self.loop = loop
         self._queue: asyncio.Queue[list[Item]] = asyncio.Queue()
 
+    def hear(self, answer: Answer, over: bool) -> None:
+        """The answer has something to say; `over`: for the last time."""
+        items: list[Item] = list(answer.take_events())
+        if over:
+            items.append(answer.output())
+        if items:
+            self.put(items)
+
     def put(self, items: list[Item]) -> None:
-        try:
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, items)
-        except RuntimeError:
-            logger.debug("a caller's event loop closed before its answer came")
+        self._queue.put_nowait(items)
 
     async def take(self) -> list[Item]:
         return await self._queue.get()
+
+
+_News = tuple[_Listener, Answer, bool]
+"""Whose answer has something to say, and whether for the last time."""
+
+
+def _tell(news: Sequence[_News]) -> None:
+    for listener, answer, over in news:
+        listener.hear(answer, over)
+
+
+def _call(loop: asyncio.AbstractEventLoop, function: Callable[[T], None], argument: T) -> None:
+    """Have an event loop call a function."""
+    try:
+        loop.call_soon_threadsafe(function, argument)
+    except RuntimeError:
+        logger.debug("a caller's event loop closed before its answer came")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from time import monotonic
 from typing import Any
@@ -24,14 +24,14 @@ class EngineLoop:
 
     Args:
         text: the engine; nobody else may touch it any more.
-        deliver: called with every answer that has new events or is finished, in the loop's thread.
+        deliver: called after a step with the answers that have new events or are finished, in the loop's thread.
         stopped: called once, in the loop's thread, when no step will follow: the reason in one sentence.
     """
 
     def __init__(
         self,
         text: TextEngine,
-        deliver: Callable[[Answer], None],
+        deliver: Callable[[Sequence[Answer]], None],
         stopped: Callable[[str], None],
     ) -> None:
         self.text = text
@@ -98,8 +98,8 @@ class EngineLoop:
                     answers = self.text.step()
                 finally:
                     self.step_since = None
-                for answer in answers:
-                    self._deliver(answer)
+                if answers:
+                    self._deliver(answers)
         except BaseException as error:
             logger.exception("the engine loop died")
             self._failure = f"the engine stopped: {error}"

@@ -147,9 +147,7 @@ class LLM:
                 over = self._text.idle or all(answer.finished for answer in answers)
                 if not over:
                     self._text.step()
-                events = [event for answer in answers for event in answer.events]
-                for answer in answers:
-                    answer.events.clear()
+                events = [event for answer in answers for event in answer.take_events()]
             yield from events
             if over:
                 return

@@ -5,6 +5,7 @@ Counting costs a few attribute updates a request and one comparison a token; gau
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass, field
 
@@ -20,27 +21,34 @@ SAMPLE_SIZE = 200
 class Sample:
     """Observations since the last `take`: all of them, or a uniform random choice where there were more than fit.
 
-    (Reservoir sampling, "algorithm R": Vitter, "Random sampling with a reservoir", 1985.)
+    (Reservoir sampling, "algorithm L", which draws how many to pass over instead of a number for each: Li,
+    "Reservoir-sampling algorithms of time complexity O(n(1 + log(N/n)))", ACM TOMS 1994.)
     """
 
     def __init__(self, size: int = SAMPLE_SIZE) -> None:
         self._size = size
         self._values: list[float] = []
-        self._seen = 0
+        self._passed_over = 0
+        self._weight = 1.0
 
     def add(self, value: float) -> None:
         """Keep `value`, perhaps."""
-        self._seen += 1
+        if self._passed_over:
+            self._passed_over -= 1
+            return
         if len(self._values) < self._size:
             self._values.append(value)
-            return
-        place = random.randrange(self._seen)
-        if place < self._size:
-            self._values[place] = value
+            if len(self._values) < self._size:
+                return
+        else:
+            self._values[random.randrange(self._size)] = value
+        self._weight *= (1.0 - random.random()) ** (1.0 / self._size)
+        self._passed_over = int(math.log(1.0 - random.random()) / math.log1p(-self._weight))
 
     def take(self) -> list[float]:
         """What was kept; begins anew."""
-        values, self._values, self._seen = self._values, [], 0
+        values, self._values = self._values, []
+        self._passed_over, self._weight = 0, 1.0
         return values
 
 

@@ -72,10 +72,19 @@ class ReadingOrderStream:
 
     def delta(self, branch_id: int, text: str) -> str:
         """`branch_id` said `text`."""
-        branch = self._running(branch_id)
+        branch = self._branches.get(branch_id)
+        if branch is None or branch.finished:
+            branch = self._running(branch_id)  # which says what is wrong
         if not text:
             return ""
-        branch.segments[-1].parts.append(text)
+        segment = branch.segments[-1]
+        segment.parts.append(text)
+        cursor = self._stack[-1]
+        if cursor.branch_id != branch_id:
+            return ""
+        if segment.settled and segment.read == len(segment.parts) - 1:  # all but the first of a piece's deltas
+            segment.read += 1
+            return text
         return self._advance(branch_id)
 
     def finish(self, branch_id: int) -> str:
@@ -132,6 +141,7 @@ class ReadingOrderStream:
             segment.settled = True
         else:
             text = "".join(parts[segment.read :])
+            segment.settled = segment.settled or bool(text)
         segment.read = len(parts)
         if text:
             self._opens = False

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,11 @@ class Tokenizer:
         """`token_bytes` of every id, for callers that check ids elsewhere."""
         return self._bytes
 
+    @cached_property
+    def text_table(self) -> Sequence[str | None]:
+        """Text of every id whose bytes are whole characters; None of the others."""
+        return [_whole(data) for data in self._bytes]
+
     def decode(self, token_ids: Sequence[int], starts_piece: bool = True) -> str:
         """Text of a whole piece: the form of `IncrementalDetokenizer` for tokens that are all known."""
         data = b"".join(self.token_bytes(i) for i in token_ids)
@@ -244,6 +250,13 @@ def check_text(text: str) -> None:
             f"text holds the lone surrogate U+{ord(text[error.start]):04X} at character {error.start}; "
             "send valid Unicode"
         ) from None
+
+
+def _whole(data: bytes) -> str | None:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        return None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -74,9 +74,8 @@ class EventsOutput(AnswerOutput):
 
     def take(self, answer: Answer, engine: TextEngine) -> None:
         """See AnswerOutput.take."""
-        for event in answer.events:
+        for event in answer.take_events():
             _print_json(event_json(event))
-        answer.events.clear()
         if answer.finished:
             entry = self.prompts[self.answers.index(answer)]
             _print_json({"event": "result", **result_json(entry, answer.output())})
@@ -96,8 +95,7 @@ class PlainOutput(AnswerOutput):
     def take(self, answer: Answer, engine: TextEngine) -> None:
         """See AnswerOutput.take."""
         request_id = answer.request.request_id
-        self._held[request_id] += [self._streams[request_id].feed(event) for event in answer.events]
-        answer.events.clear()
+        self._held[request_id] += [self._streams[request_id].feed(event) for event in answer.take_events()]
         if answer.finished:
             self._complete.add(request_id)
         while self._printed < len(self.answers):
@@ -131,9 +129,8 @@ class LiveOutput(AnswerOutput):
 
     def take(self, answer: Answer, engine: TextEngine) -> None:
         """See AnswerOutput.take."""
-        for event in answer.events:
+        for event in answer.take_events():
             self._view.feed(event)
-        answer.events.clear()
         cache = engine.engine.cache
         self._view.kv_used, self._view.kv_total = cache.num_referenced, cache.num_blocks
         self._live.refresh()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import io
 import json
@@ -22,8 +23,8 @@ from faulty_executor import NAME, Control
 from served_process import WAIT_SECONDS
 
 from apar.export.errors import EngineStoppedError
+from apar.runtime.branch import Branch
 from apar.runtime.llm import LLM, load_text_engine
-from apar.runtime.outputs import DeltaEvent, FinishEvent, ForkEvent
 from apar.runtime.sampling_params import SamplingParams
 from apar.runtime.serving.engine.connection import SEND_BUFFER, Connection
 from apar.runtime.serving.engine.flight import Flight
@@ -296,27 +297,35 @@ def test_a_slow_reader_gets_fewer_and_longer_messages(tiny_engine: Path) -> None
     connection = Connection(here, lambda *_: None, lambda *_: None)
     connection.start()
     flight = Flight(5, connection, request, tokenizer)
-    words = [f"word{number} " for number in range(4000)]
-    for number, word in enumerate(words):
-        flight.add([DeltaEvent("r", 0, 1, word, [number], number)], None)
-        connection.send_from(flight)
-    flight.add([ForkEvent("r", 1, 0, 2, 4000), FinishEvent("r", 0, 1, "stop", 4000)], None)
-    flight.add([DeltaEvent("r", 1, 2, "detail", [1], 4001), FinishEvent("r", 1, 2, "stop", 4001)], None)
-    connection.send_from(flight)
+    flight.answer = answer = text.submit(request.token_ids, request.params, listens=flight.listens)
+    root = Branch(answer.request, 0, None, depth=1, ordinal=0, start=0, key=0)
+    child = dataclasses.replace(root, branch_id=1, parent=root, depth=2)
+    root.finish_reason = child.finish_reason = "stop"
+    ids = [id for id, data in enumerate(tokenizer.bytes_table) if data.isalpha()]
+    tokens = [ids[number % len(ids)] for number in range(4000)]
+    for number, token in enumerate(tokens):
+        answer.grow(root, token, number)
+        connection.send_from([flight])
+    answer.fork(child, 4000)
+    answer.end(root, 4000)
+    answer.grow(child, ids[0], 4001)
+    answer.end(child, 4001)
+    connection.send_from([flight])
     connection.close()
     received = b""
     while data := there.recv(1 << 20):
         received += data
     messages = list(Decoder().feed(received))
-    assert len(messages) < len(words) / 4 and len(received) > SEND_BUFFER
-    assert "".join(message.get("text", "") for message in messages).startswith("".join(words).rstrip())
+    said = tokenizer.decode(tokens)
+    assert len(messages) < len(tokens) / 4 and len(received) > SEND_BUFFER
+    assert "".join(message.get("text", "") for message in messages).startswith(said)
     rows = [
         row
         for message in messages
         for row in zip(*(message["events"][name] for name in ("event", "branch_id", "text", "ids")), strict=True)
     ]
-    assert "".join(text for kind, branch, text, _ in rows if (kind, branch) == ("delta", 0)) == "".join(words)
-    assert [i for _, branch, _, ids in rows if branch == 0 for i in ids] == list(range(4000))
+    assert "".join(text for kind, branch, text, _ in rows if (kind, branch) == ("delta", 0)) == said
+    assert [i for _, branch, _, ids in rows if branch == 0 for i in ids] == tokens
     assert [row[:3] for row in rows if row[0] != "delta"] == [
         ("fork", 1, ""),
         ("finish", 0, "stop"),
@@ -375,8 +384,10 @@ def test_the_last_message_comes_once(tiny_engine: Path) -> None:
         flight = Flight(
             1, connection, parse_request({"text": "Hello?", "stream": True, "params": {}}, text), text.tokenizer
         )
-        flight.add([], answer.output() if ends == "output" else None)
-        if ends == "error":
+        flight.answer = answer
+        if ends == "output":
+            flight.end()
+        else:
             flight.fail(("internal", "x"))
         assert flight.message() is not None
         assert flight.message() is None

@@ -6,7 +6,7 @@ import logging
 import socket
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from apar.runtime.serving.engine.flight import Flight
 from apar.runtime.serving.engine.wire import Decoder, Message, WireError, encode
@@ -15,6 +15,8 @@ logger = logging.getLogger(__name__)
 
 SEND_BUFFER = 32 << 10
 """Bytes that may be under way. Small, so that a slow reader holds the writer up and answers are joined here."""
+MOST_TOGETHER = 256
+"""Messages that are sent as one."""
 RECEIVE_SIZE = 256 << 10
 _PEER: int | None = getattr(socket, "SO_PEERCRED", None)
 _CREDENTIALS = struct.Struct("3i")
@@ -72,10 +74,10 @@ class Connection:
             self._messages.append(message)
             self._wake.notify()
 
-    def send_from(self, flight: Flight) -> None:
-        """The flight has something to say."""
+    def send_from(self, flights: Iterable[Flight]) -> None:
+        """These flights have something to say."""
         with self._wake:
-            self._due[flight] = None
+            self._due.update(dict.fromkeys(flights))
             self._wake.notify()
 
     def close(self) -> None:
@@ -112,16 +114,10 @@ class Connection:
                     messages, self._messages = self._messages, []
                     due, self._due = self._due, {}
                     closing = self._closing
-                data = bytearray()
-                for message in messages:
-                    data += encode(message)
-                for flight in due:
-                    said = flight.message()
-                    if said is not None:
-                        data += encode(said)
-                if data:
-                    self._socket.sendall(data)
-                elif closing:
+                messages += [said for flight in due if (said := flight.message()) is not None]
+                for first in range(0, len(messages), MOST_TOGETHER):
+                    self._socket.sendall(encode(messages[first : first + MOST_TOGETHER]))
+                if closing and not messages:
                     return
         except OSError:
             logger.debug("a reader went away")

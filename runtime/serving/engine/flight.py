@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from apar.runtime.answer import Answer
-from apar.runtime.outputs import BranchEvent, DeltaEvent, FinishEvent, ForkEvent, Logprob, RequestOutput
+from apar.runtime.outputs import BranchEvent, DeltaEvent, FinishEvent, ForkEvent, Logprob
 from apar.runtime.reading_order import ReadingOrderStream
 from apar.runtime.serving.engine.request import DEADLINE, FAILED, ServedRequest
 from apar.runtime.serving.engine.wire import Message
@@ -20,7 +19,7 @@ Error = tuple[str, str]
 
 
 class Flight:
-    """Collects what an answer says (in the engine's thread) and puts it into messages (in the connection's).
+    """Puts what an answer says into messages, in the connection's thread.
 
     Whatever was said since the last message goes into the next one, so a connection that is slower than the
     engine gets fewer, longer messages.
@@ -42,33 +41,28 @@ class Flight:
         self._parents = {0: -1}
         self._logprobs_read: dict[int, int] = {}
         self._cumulative = 0.0
-        self._events: list[BranchEvent] = []
-        self._output: RequestOutput | None = None
+        self._over = False
         self.error: Error | None = None
         """How the request ended, if it ended badly."""
+        self._detailed = request.events or request.ids or request.params.logprobs is not None
         self._first = True
         self._complete = False
 
     @property
     def listens(self) -> bool:
         """Whether events of the answer are needed; without them only its result is."""
-        request = self.request
-        return request.stream or request.events or request.ids or request.params.logprobs is not None
+        return self.request.stream or self._detailed
 
-    @property
-    def due(self) -> bool:
-        """Whether there is something to send."""
-        return bool(self.error or self._output or (self._events and self.request.stream))
-
-    def add(self, events: Iterable[BranchEvent], output: RequestOutput | None) -> None:
-        """The answer said something, or is complete."""
-        if output is not None and output.finish_reason == "error":
-            self.error = (FAILED, output.error or "the request failed in the engine")
-        elif output is not None and output.finish_reason == "deadline":
+    def end(self) -> None:
+        """The answer is complete. In the engine's thread, as is `fail`."""
+        assert self.answer is not None
+        request = self.answer.request
+        if request.finish_reason == "error":
+            self.error = (FAILED, request.error or "the request failed in the engine")
+        elif request.finish_reason == "deadline":
             self.error = (DEADLINE, "the request was not complete within its timeout_ms")
         else:
-            self._events += events
-            self._output = output
+            self._over = True
 
     def fail(self, error: Error) -> None:
         """The request ends with an error."""
@@ -81,46 +75,45 @@ class Flight:
         if self.error is not None:
             self._complete = True
             return {"id": self.number, "error": self.error}
-        output = self._output  # read first: with it, every event is there
-        count = len(self._events)
-        events = self._events[:count]
-        del self._events[:count]
-        message = self._content(events, output)
-        if output is not None:
-            self._complete = True
-            message["final"] = self._final(output)
-        elif not message:
+        answer, request, over = self.answer, self.request, self._over
+        assert answer is not None  # `over` was read before what has been said: with it, that is everything
+        if not (over or request.stream):
             return None
-        message["id"] = self.number
-        return message
+        message: Message = {"id": self.number}
+        if self._detailed:
+            self._tell_details(answer, message)
+        else:
+            text = answer.take_text(self._order) if request.stream else request.echo + answer.output().text
+            if text:
+                message["text"] = text
+        if over:
+            self._complete = True
+            message["final"] = self._final(answer)
+        return message if len(message) > 1 else None
 
-    def _content(self, events: list[BranchEvent], output: RequestOutput | None) -> Message:
-        message: Message = {}
-        request = self.request
+    def _tell_details(self, answer: Answer, message: Message) -> None:
+        request, events = self.request, answer.take_events()
+        whole = self._first and not request.stream
+        self._first = False
         if request.ids:
             ids = self._new_ids(events)
-            if self._first and request.echo_ids and not request.stream:
+            if whole and request.echo_ids:
                 ids = request.token_ids + ids
             if ids:
                 message["ids"] = ids
         else:
-            if output is not None and not self.listens:
-                text = output.text
-            else:
-                text = "".join(self._order.feed(event) for event in events)
-            if self._first and not request.stream:
+            text = "".join([self._order.feed(event) for event in events])
+            if whole:
                 text = request.echo + text
             if text:
                 message["text"] = text
-        self._first = False
         if request.params.logprobs is not None:
-            entries = self._new_logprobs(events)
+            entries = self._new_logprobs(answer, events)
             if entries:
                 message["logprobs"] = entries
             message["cumulative"] = self._cumulative
         if request.events and events:
             message["events"] = self._columns(events)
-        return message
 
     def _new_ids(self, events: list[BranchEvent]) -> list[int]:
         """Token ids in reading order, control tokens left out. They pass through the order of texts as characters."""
@@ -133,15 +126,14 @@ class Flight:
                 text += order.feed(event)
         return [ord(character) for character in text]
 
-    def _new_logprobs(self, events: list[BranchEvent]) -> list[dict[str, Any]]:
-        assert self.answer is not None
+    def _new_logprobs(self, answer: Answer, events: list[BranchEvent]) -> list[dict[str, Any]]:
         entries = []
         for event in events:
             if not isinstance(event, DeltaEvent) or not event.token_ids:
                 continue
             start = self._logprobs_read.get(event.branch_id, 0)
             end = self._logprobs_read[event.branch_id] = start + len(event.token_ids)
-            for entry in (self.answer.request.branches[event.branch_id].logprobs or [])[start:end]:
+            for entry in (answer.request.branches[event.branch_id].logprobs or [])[start:end]:
                 self._cumulative += entry.logprob
                 entries.append({"branch_id": event.branch_id, **self._logprob(entry)})
         return entries
@@ -181,13 +173,14 @@ class Flight:
         columns["parent_id"] = [self._parents[branch] for branch in columns["branch_id"]]
         return columns
 
-    def _final(self, output: RequestOutput) -> dict[str, Any]:
+    def _final(self, answer: Answer) -> dict[str, Any]:
+        request = answer.request
         return {
-            "finish_reason": output.finish_reason,
-            "prompt_tokens": output.usage.prompt_tokens,
-            "completion_tokens": output.usage.completion_tokens,
-            "cached_tokens": output.usage.cached_tokens,
-            "branches": len(output.branches),
-            "steps": output.timing.steps,
-            "seed": output.seed,
+            "finish_reason": request.finish_reason or "error",
+            "prompt_tokens": len(request.prompt),
+            "completion_tokens": request.sampled,
+            "cached_tokens": request.cached_tokens,
+            "branches": len(request.branches),
+            "steps": request.steps,
+            "seed": request.seed,
         }

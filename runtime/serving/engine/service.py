@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import count
 from typing import Any
 
@@ -163,20 +163,23 @@ class Service:
         self._count(error)
         connection.send({"id": number, "error": error})
 
-    def _deliver(self, answer: Answer) -> None:
-        """Hand what an answer says to its flight."""
-        flight = self._flights.get(answer.request.request_id)
-        if flight is None:
-            return
-        finished = answer.finished
-        flight.add(answer.events, answer.output() if finished else None)
-        answer.events.clear()
-        if finished:
-            self._remove(flight)
-            if flight.error is not None:
-                self._count(flight.error)
-        if flight.due:
-            flight.connection.send_from(flight)
+    def _deliver(self, answers: Iterable[Answer]) -> None:
+        """Tell connections which answers have something to say."""
+        due: dict[Connection, list[Flight]] = {}
+        for answer in answers:
+            flight = self._flights.get(answer.request.request_id)
+            if flight is None:
+                continue
+            if answer.finished:
+                flight.end()
+                self._remove(flight)
+                if flight.error is not None:
+                    self._count(flight.error)
+            elif not flight.request.stream:
+                continue
+            due.setdefault(flight.connection, []).append(flight)
+        for connection, flights in due.items():
+            connection.send_from(flights)
 
     def _end(self, flight: Flight, error: Error | None) -> None:
         """End a request that still runs: with an error, or with what it has said so far."""
@@ -185,7 +188,7 @@ class Service:
         if answer is None:
             return
         if error is None:
-            self._deliver(answer)
+            self._deliver([answer])
             return
         self._remove(flight)
         self._fail(flight, error)
@@ -193,7 +196,7 @@ class Service:
     def _fail(self, flight: Flight, error: Error) -> None:
         flight.fail(error)
         self._count(error)
-        flight.connection.send_from(flight)
+        flight.connection.send_from([flight])
 
     def _count(self, error: Error) -> None:
         with self._lock:

@@ -1,4 +1,5 @@
-"""Messages between the engine process and the models: JSON objects, each behind its length in four bytes.
+"""Messages between the engine process and the models: JSON objects, or lists of them, behind their length in bytes
+(four bytes, big-endian).
 
 The models have the same few lines of their own (triton_repo/apar/1/apar_model/wire.py), since they run where `apar`
 cannot be imported.
@@ -22,9 +23,12 @@ class WireError(Exception):
     """The other side does not speak this protocol."""
 
 
-def encode(message: Message) -> bytes:
-    """A message as it is sent."""
-    body = json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
+_to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
+def encode(message: Message | list[Message]) -> bytes:
+    """A message, or several in one, as it is sent."""
+    body = _to_json(message).encode("utf-8", "surrogatepass")
     return LENGTH.pack(len(body)) + body
 
 
@@ -53,8 +57,9 @@ class Decoder:
                     message = json.loads(body)
                 except (ValueError, RecursionError) as error:
                     raise WireError(f"a message that is no JSON: {error}") from error
-                if not isinstance(message, dict):
+                several = message if isinstance(message, list) else [message]
+                if not all(isinstance(one, dict) for one in several):
                     raise WireError("a message that is no object")
-                yield message
+                yield from several
         finally:
             del buffer[:start]

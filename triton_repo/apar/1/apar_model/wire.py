@@ -1,4 +1,5 @@
-"""Messages between a model and the engine process: JSON objects, each behind its length in four bytes."""
+"""Messages between a model and the engine process: JSON objects, or lists of them, behind their length in bytes (four
+bytes, big-endian)."""
 
 from __future__ import annotations
 
@@ -34,4 +35,5 @@ class Decoder:
                 return
             body = bytes(buffer[_LENGTH.size : end])
             del buffer[:end]
-            yield json.loads(body)
+            message = json.loads(body)
+            yield from message if isinstance(message, list) else [message]
