@@ -11,17 +11,14 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from itertools import cycle
-from time import perf_counter
 from typing import Any
 
 from apar.export.errors import RequestError
 from apar.runtime.bench.machine import describe_machine
-from apar.runtime.bench.timed_executor import TimedExecutor
+from apar.runtime.bench.replay_server import Parts, ReplayServer
+from apar.runtime.bench.text_cost import WARM_UP, measure_texts, replay_tokenizer
 from apar.runtime.bench.workload import plan_workload
-from apar.runtime.booking import StepReport
-from apar.runtime.engine import Engine
 from apar.runtime.executor.recorded_trees import Tree
-from apar.runtime.executor.replay import ReplayExecutor
 from apar.runtime.limits import ForkPolicy, SchedulerLimits
 from apar.runtime.sampling_params import SamplingParams
 from apar.runtime.service_level import ServiceLevel
@@ -31,9 +28,7 @@ BRANCHES = 8
 PROMPT = 32
 MAIN = 3
 """Tokens that a root says before each fork."""
-BLOCK = 16
-BUSY_WARM_UP = 300
-"""Steps of the busy server that are not counted: answers begin together and have to drift apart."""
+PARAMS = SamplingParams(max_tokens=2**30, max_branches=BRANCHES, seed=0)
 PATIENCE = 1e6
 """Seconds, and times what a request takes alone: a service level that nobody misses."""
 
@@ -45,6 +40,8 @@ def bench_host(rows: int, steps: int = 200, vocab_size: int = 64, fork_policy: F
     stand-in model's `replay_us`, and `fork_step_us`: host cost of steps in which branches were born. Of the busy
     server `busy_us_per_step` (schedule + commit) and, as means, `busy_rows` of a step, `busy_births` of branches, those
     of roots included, and `busy_ends`.
+    What its texts cost when every answer is streamed: `note_us_per_step` in the engine's thread, `message_us_per_step`
+    in the thread that sends them, while the model computes, and `messages` of a step.
     `vocab_size` is what the sampler goes through. Under `adaptive` the service level is so wide that all rows stay in
     every step, and the policy judges all of them every few steps; where rows wait (the busy server) it does in each.
     Raises RequestError if a number is not usable.
@@ -63,7 +60,7 @@ def bench_host(rows: int, steps: int = 200, vocab_size: int = 64, fork_policy: F
         fork_policy=fork_policy,
         service_level=ServiceLevel(PATIENCE, PATIENCE),
     )
-    server = _Server(trees, context, limits, vocab_size)
+    server = ReplayServer(trees, context, limits, vocab_size, PARAMS)
     try:
         for i in range(len(trees)):
             server.submit(i)
@@ -71,53 +68,29 @@ def bench_host(rows: int, steps: int = 200, vocab_size: int = 64, fork_policy: F
     finally:
         server.engine.close()
     workload = plan_workload("vicuna-7b", concurrency=rows)
-    server = _Server(workload.trees, workload.longest_path, limits, vocab_size)
+    server = ReplayServer(workload.trees, workload.longest_path, limits, vocab_size, PARAMS)
     try:
         busy = _measure_busy(server, workload.order, rows, steps)
+    finally:
+        server.engine.close()
+    tokenizer = replay_tokenizer()
+    server = ReplayServer(workload.trees, workload.longest_path, limits, len(tokenizer.bytes_table), PARAMS)
+    try:
+        texts = measure_texts(server, tokenizer, workload.order, rows, steps)
     finally:
         server.engine.close()
     return {
         "bench": "host",
         **_summary(rows, steady, forking),
         **busy,
+        **texts,
         "vocab_size": vocab_size,
         "fork_policy": fork_policy,
         "machine": describe_machine(),
     }
 
 
-Parts = tuple[float, float, float, float]
-"""Seconds of one step: schedule, model, sample, commit."""
-
-
-class _Server:
-    """An engine that replays trees, with room for all its branches."""
-
-    def __init__(self, trees: Sequence[Tree], context: int, limits: SchedulerLimits, vocab_size: int) -> None:
-        blocks = limits.max_live_branches * (context // BLOCK + 2)
-        self._replay = ReplayExecutor(
-            trees, num_blocks=blocks, block_size=BLOCK, vocab_size=vocab_size, max_context=context
-        )
-        self.executor = TimedExecutor(self._replay)
-        self.engine = Engine(self.executor, limits)
-
-    def submit(self, tree: int) -> None:
-        params = SamplingParams(max_tokens=2**30, max_branches=BRANCHES, seed=0)
-        self.engine.submit(str(tree), self._replay.replay_prompt(tree), params)
-
-    def step(self) -> tuple[StepReport, Parts]:
-        sampling = self.engine.sample_seconds
-        began = perf_counter()
-        report = self.engine.step()
-        ended = perf_counter()
-        if report is None:
-            raise RuntimeError("the replayed answers ended before enough steps were measured")
-        record = self.executor.records[-1]
-        sampled = self.engine.sample_seconds - sampling
-        return report, (record.started - began, record.ended - record.started, sampled, ended - record.ended - sampled)
-
-
-def _measure(server: _Server, rows: int, steps: int) -> tuple[list[Parts], list[Parts]]:
+def _measure(server: ReplayServer, rows: int, steps: int) -> tuple[list[Parts], list[Parts]]:
     steady: list[Parts] = []
     forking: list[Parts] = []
     while len(steady) < steps:
@@ -130,19 +103,19 @@ def _measure(server: _Server, rows: int, steps: int) -> tuple[list[Parts], list[
     return steady, forking
 
 
-def _measure_busy(server: _Server, order: Sequence[int], rows: int, steps: int) -> dict[str, float]:
-    scheduler, trees = server.engine.scheduler, cycle(order)
+def _measure_busy(server: ReplayServer, order: Sequence[int], rows: int, steps: int) -> dict[str, float]:
+    trees = cycle(order)
     seconds: list[float] = []
     live = born = ended = 0
-    for step in range(BUSY_WARM_UP + steps):
-        missing = rows - scheduler.load()["live_branches"] - len(scheduler.waiting)
+    for step in range(WARM_UP + steps):
+        missing = server.missing(rows)
         for _ in range(missing):
             server.submit(next(trees))
         report, (schedule, _, _, commit) = server.step()
-        if step >= BUSY_WARM_UP:
+        if step >= WARM_UP:
             seconds.append(schedule + commit)
             live += server.executor.records[-1].rows
-            born += max(missing, 0) + len(report.forked)
+            born += missing + len(report.forked)
             ended += len(report.ended)
     return {
         "busy_us_per_step": round(1e6 * statistics.median(seconds), 2),

@@ -88,6 +88,8 @@ def show_host(result: Result, console: Console | None = None) -> None:
         ("  99th percentile of both", "host_us_p99"),
         ("  both where branches are born", "fork_step_us"),
         ("both in a busy server", "busy_us_per_step"),
+        ("  its tokens noted for texts", "note_us_per_step"),
+        ("  its texts as messages, in another thread", "message_us_per_step"),
         (f"sample ({result['vocab_size']} logits a row)", "sample_us"),
         ("replay, in place of the model", "replay_us"),
     ):
