@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -84,6 +84,30 @@ class ModelResponse:
     events: list[BranchStep] = field(default_factory=list)
     logprobs: list[dict[str, Any]] = field(default_factory=list)
     final: Final | None = None
+
+    def add(self, later: ModelResponse) -> None:
+        """Take in the next response of the same answer."""
+        self.text += later.text
+        self.events += later.events
+        self.logprobs += later.logprobs
+        self.final = later.final
+
+
+def join(responses: Iterable[ModelResponse]) -> Iterator[ModelResponse]:
+    """Responses of one answer as one. Where reading them ends in a TritonError, those before it come first."""
+    whole: ModelResponse | None = None
+    try:
+        for response in responses:
+            if whole is None:
+                whole = response
+            else:
+                whole.add(response)
+    except TritonError:
+        if whole is not None:
+            yield whole
+        raise
+    if whole is not None:
+        yield whole
 
 
 def read_response(message: Mapping[str, Any]) -> ModelResponse:

@@ -22,6 +22,7 @@ from apar.runtime.serving.model_responses import (
     UNAVAILABLE,
     ModelResponse,
     TritonError,
+    join,
     model_error,
     read_response,
 )
@@ -82,7 +83,7 @@ async def stream_model(
 
     `inputs`: tensors by name (plus `id`), without `stream`. `deadline`: seconds in all. `watch` is told of everything
     that comes, and ends the request when it expires. Raises TritonError. Leaving the loop, or cancelling the task,
-    cancels the request.
+    cancels the request. What comes together is one response.
     """
     body = encode(dict(inputs) | {"stream": True})
     timeout = aiohttp.ClientTimeout(total=deadline, sock_connect=CONNECT_SECONDS)
@@ -96,14 +97,14 @@ async def stream_model(
             try:
                 if response.status != 200:
                     raise _triton_error((await response.text(errors="replace"))[:2000])
-                async for message in _events(response):
+                async for messages in _events(response):
                     if watch is not None:
                         watch.moved()
                     began = True
-                    found = read_response(message)
-                    yield found
-                    if found.final is not None:
-                        return
+                    for found in join(map(read_response, messages)):
+                        yield found
+                        if found.final is not None:
+                            return
             finally:
                 # Closed, not released: what is still to come is not read, and the server sees it at once.
                 response.close()
@@ -132,8 +133,8 @@ def encode(inputs: Mapping[str, Any]) -> bytes:
         raise TritonError("invalid_request", "a text holds a lone surrogate (half a UTF-16 pair)") from error
 
 
-async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:
-    """JSON of each server-sent event."""
+async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[list[dict[str, Any]]]:
+    """JSON of the server-sent events that came together."""
     connection = response.connection
     transport = connection.transport if connection is not None else None
     connected = transport.get_extra_info("socket") if transport is not None else None
@@ -145,9 +146,9 @@ async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, A
         if len(held) > MAX_EVENT_BYTES:
             raise TritonError("internal", "a response of the server is longer than any response may be")
         *whole, held = held.split(b"\n\n")
-        for event in whole:
-            if event.startswith(b"data:"):
-                yield json.loads(event[5:])
+        messages = [json.loads(event[5:]) for event in whole if event.startswith(b"data:")]
+        if messages:
+            yield messages
 
 
 def _acknowledge(connected: Any) -> None:

@@ -503,6 +503,7 @@ class TestBench:
         assert (result["rows"], result["steps"]) == (11, 20)
         for key in ("host_us_per_step", "schedule_us", "commit_us", "sample_us", "fork_step_us", "busy_us_per_step"):
             assert result[key] > 0
+        assert result["note_us_per_step"] > 0 and result["message_us_per_step"] > 0 and result["messages"] > 1
         assert result["busy_rows"] >= 10 and result["busy_births"] > 0 and result["busy_ends"] > 0
         assert {"cpu", "usable_cores", "isa", "versions"} <= set(result["machine"])
         command = ["bench", "host", "--rows", "11", "--steps", "20", "--fork-policy", "adaptive", "--json"]

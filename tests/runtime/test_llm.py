@@ -6,11 +6,13 @@ import asyncio
 import dataclasses
 import gc
 import itertools
+import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from apar.export.errors import (
@@ -22,6 +24,7 @@ from apar.export.errors import (
 )
 from apar.runtime.async_llm import AsyncLLM
 from apar.runtime.llm import LLM
+from apar.runtime.metrics import Sample
 from apar.runtime.outputs import BranchEvent, DeltaEvent, FinishEvent, ForkEvent, RequestOutput
 from apar.runtime.reading_order import EventAssembler, ReadingOrderStream
 from apar.runtime.sampling_params import SamplingParams
@@ -524,3 +527,21 @@ class TestAsync:
                 await model.generate(lists[0], PARAMS)
 
         asyncio.run(scenario())
+
+
+def test_a_sample_is_uniform() -> None:
+    """Whatever was observed when, it is kept as likely; few observations are all kept."""
+    random.seed(7)
+    sample = Sample(size=20)
+    kept = np.zeros(300)
+    for _ in range(400):
+        for value in range(300):
+            sample.add(value)
+        taken = sample.take()
+        assert len(taken) == len(set(taken)) == 20
+        kept[np.array(taken, int)] += 1
+    expected = 400 * 20 / 300
+    assert abs(kept.reshape(10, 30).sum(axis=1) / (30 * expected) - 1).max() < 0.15
+    for value in range(5):
+        sample.add(value)
+    assert sample.take() == [0, 1, 2, 3, 4] and not sample.take()

@@ -176,6 +176,32 @@ def test_both_sides_of_the_wire_understand_each_other() -> None:
             assert found == messages
 
 
+def test_what_a_model_reads_together_is_joined_by_request() -> None:
+    from apar_model.wire import join
+
+    said = [
+        {"id": 1, "text": "a"},
+        {"id": 2, "ids": [1]},
+        {"op": "metrics", "gauges": {}},
+        {"id": 1, "text": "b"},
+        {"id": 2, "ids": [2, 3]},
+        {"id": 3, "text": "x", "events": {}},
+        {"id": 3, "text": "y"},
+        {"id": 1, "text": "c", "final": {}},
+        {"id": 3, "text": "z"},
+        {"id": 2, "error": ["internal", "x"]},
+    ]
+    assert join(said) == [
+        {"id": 1, "text": "ab"},
+        {"id": 2, "ids": [1, 2, 3]},
+        {"op": "metrics", "gauges": {}},
+        {"id": 3, "text": "x", "events": {}},
+        {"id": 3, "text": "yz"},
+        {"id": 1, "text": "c", "final": {}},
+        {"id": 2, "error": ["internal", "x"]},
+    ]
+
+
 @pytest.mark.parametrize("data", [b"\xff\xff\xff\xff", b"\0\0\0\x02{]", b"\0\0\0\x03[1]", b"\0\0\0\x011"])
 def test_nonsense_on_the_wire(data: bytes) -> None:
     with pytest.raises(wire.WireError):

@@ -13,7 +13,7 @@ from apar.runtime.serving.gateway.errors import ApiError
 from apar.runtime.serving.gateway.json_body import depth, parse
 from apar.runtime.serving.gateway.requests import Job, chat_job, completions_job
 from apar.runtime.serving.gateway.settings import GatewaySettings
-from apar.runtime.serving.model_responses import TritonError, read_response
+from apar.runtime.serving.model_responses import TritonError, join, read_response
 from apar.runtime.serving.triton_stream import encode
 
 SETTINGS = GatewaySettings("tiny", max_context=1024, created=0, deadline=100.0, max_choices=4)
@@ -255,6 +255,16 @@ class TestResponses:
         }
         (event,) = read_response(message).events
         assert (event.kind, event.branch_id, event.text, event.tokens, event.step) == ("delta", 0, "x", 1, 7)
+
+    def test_what_comes_together_is_one_response(self) -> None:
+        last = {"text_output": "c", "finish_reason": "stop", "completion_tokens": 3}
+        (whole,) = join(map(read_response, [{"text_output": "a"}, {"text_output": "b"}, last]))
+        assert whole.text == "abc" and whole.final is not None and whole.final.completion_tokens == 3
+        found = join(map(read_response, [{"text_output": "a"}, {"text_output": "b"}, {"error": "internal: x"}]))
+        assert next(found).text == "ab"
+        with pytest.raises(TritonError, match="x"):
+            next(found)
+        assert not list(join([]))
 
     @pytest.mark.parametrize(
         ("said", "code", "message"),

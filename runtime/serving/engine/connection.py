@@ -13,7 +13,7 @@ from apar.runtime.serving.engine.wire import Decoder, Message, WireError, encode
 
 logger = logging.getLogger(__name__)
 
-SEND_BUFFER = 32 << 10
+SEND_BUFFER = 8 << 10
 """Bytes that may be under way. Small, so that a slow reader holds the writer up and answers are joined here."""
 MOST_TOGETHER = 256
 """Messages that are sent as one."""

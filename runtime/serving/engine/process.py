@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import json
 import logging
 import os
@@ -81,6 +82,9 @@ class EngineProcess:
                 **settings.options,
             )
             warm_up(text)
+            # What is loaded stays: the garbage collector need not go through it again and again between steps.
+            gc.collect()
+            gc.freeze()
         except AparError as error:
             self._say({"error": str(error)})
             return EXIT_FAILED

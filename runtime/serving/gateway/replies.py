@@ -16,6 +16,8 @@ from apar.runtime.serving.model_responses import BranchStep, Final, ModelRespons
 FINISH_REASONS = {"stop": "stop", "stop_string": "stop", "length": "length", "cancelled": "stop"}
 DONE = b"data: [DONE]\n\n"
 
+_to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
 
 @dataclass(slots=True)
 class Choice:
@@ -203,4 +205,4 @@ def _token(entry: Entry) -> dict[str, Any]:
 
 
 def _sse(value: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + _to_json(value).encode() + b"\n\n"

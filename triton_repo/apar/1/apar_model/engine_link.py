@@ -20,7 +20,7 @@ from apar_model.answer import Answer
 from apar_model.engine_directory import EngineDirectory, LinkError, log
 from apar_model.engine_starter import EngineStarter
 from apar_model.settings import ModelSettings
-from apar_model.wire import Decoder, Message, encode
+from apar_model.wire import Decoder, Message, encode, join
 
 MAX_REQUEST = 16 << 20
 """Bytes of one request on its way to the engine."""
@@ -180,7 +180,8 @@ class EngineLink:
                     return
                 if not data:
                     return
-                for message in self._decoder.feed(data):
+                # A response takes the server longer than a step may last: joined, answers keep up with the engine.
+                for message in join(self._decoder.feed(data)):
                     self._take(message)
             if self._requests and time.monotonic() >= self._next_look:
                 self._look()
