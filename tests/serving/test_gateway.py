@@ -99,7 +99,7 @@ class TestAnswers:
             )
         )
         assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == wanted.text
-        assert len(chunks) > 20
+        assert len(chunks) >= 4, "role, text, end and usage; what comes together is one chunk"
         assert chunks[0].choices[0].delta.role == "assistant"
         assert chunks[-1].usage == whole.usage.model_copy(
             update={"prompt_tokens_details": chunks[-1].usage.prompt_tokens_details}
