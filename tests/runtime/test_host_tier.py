@@ -360,3 +360,5 @@ class TestTorchExecutor:
                 assert llm.executor.host_blocks == 0
             with pytest.raises(ExecutorError, match="offers no host blocks, its KV pool is in host memory already"):
                 load(name, host_blocks=5)
+        with pytest.raises(ExecutorError, match="tensorrt executor offers no host blocks, what is evicted is computed"):
+            LLM(tiny_engine, executor="tensorrt", kv_host_memory_bytes=1 << 20)

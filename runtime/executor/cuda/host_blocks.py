@@ -2,12 +2,14 @@
 
 A block of the pool lies in pieces, one for each layer and kind; a host block is one piece. So every block goes through
 a place of its shape on the device: gathered by the stream that computes, carried over by a stream for copies alone.
-Blocks go out while the step computes. It begins when those that come in are there; they wait for earlier copies out,
-which may be what fills them.
+Blocks go out while the step computes, as many as there are places. It begins when those that come in are there; they
+wait for earlier copies out, which may be what fills them.
 """
 
 from __future__ import annotations
 
+import weakref
+from collections import deque
 from contextlib import AbstractContextManager, nullcontext, suppress
 
 import torch
@@ -17,7 +19,9 @@ from apar.export.errors import ExecutorError
 from apar.runtime.step import Int32Array
 
 PLACES = 4
-"""Blocks on the way, each way: a piece of 8 MiB takes 0.2 ms, so that few are enough to keep a link busy."""
+"""Blocks on the way, each way, at least: one of 8 MiB takes 0.2 ms, so that these keep a link busy."""
+OUT_BYTES = 256 << 20
+"""Device memory that blocks on their way out may take, so that a step which evicts many need not wait for the link."""
 
 
 class HostBlocks:
@@ -34,7 +38,6 @@ class HostBlocks:
 
     def __init__(self, num_blocks: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
         on_gpu = device.type == "cuda"
-        self._pinned = False
         try:
             self._blocks = torch.empty((num_blocks, *shape), dtype=dtype)
         except RuntimeError as error:
@@ -46,17 +49,19 @@ class HostBlocks:
             if status:
                 raise ExecutorError(
                     f"{self.bytes / 1e9:.1f} GB of host memory cannot be pinned (CUDA error {status}): give fewer host "
-                    "blocks, or raise the limit of locked memory (ulimit -l)"
+                    "blocks, or free memory of the host"
                 )
-            self._pinned = True
+        # Also where nobody closes it, such as after a load that failed: pages must not be given back pinned.
+        self._unpin = weakref.finalize(self, _unpin, self._blocks if on_gpu else None)
         self._stream = torch.cuda.Stream(device) if on_gpu else None
-        self._out = [_Place(shape, dtype, device) for _ in range(PLACES)]
-        self._in = [_Place(shape, dtype, device) for _ in range(PLACES)]
+        places = max(PLACES, min(num_blocks, OUT_BYTES // (self.bytes // num_blocks)))
+        self._out = deque(_Place(shape, dtype, device) for _ in range(places))
+        self._in = deque(_Place(shape, dtype, device) for _ in range(PLACES))
 
     def swap_out(self, pools: Tensor, pairs: Int32Array) -> None:
         """Copy blocks of `pools` [layers, 2, B, ...] to host blocks: `pairs` [O, 2]."""
-        for number, (block, host) in enumerate(pairs.tolist()):
-            place = self._out[number % PLACES]
+        for block, host in pairs.tolist():
+            place = _next(self._out)
             place.await_free()
             place.memory.copy_(pools[:, :, block])
             place.filled()
@@ -67,8 +72,8 @@ class HostBlocks:
 
     def swap_in(self, pools: Tensor, pairs: Int32Array) -> None:
         """Copy host blocks to blocks of `pools`: `pairs` [I, 2]."""
-        for number, (host, block) in enumerate(pairs.tolist()):
-            place = self._in[number % PLACES]
+        for host, block in pairs.tolist():
+            place = _next(self._in)
             with self._copying():
                 place.await_free()
                 place.memory.copy_(self._blocks[host], non_blocking=True)
@@ -82,15 +87,24 @@ class HostBlocks:
         if self._stream is not None:
             with suppress(RuntimeError):  # after an illegal access the device refuses this too
                 self._stream.synchronize()
-        if self._pinned:
-            self._pinned = False
-            torch.cuda.cudart().cudaHostUnregister(self._blocks.data_ptr())
+        self._unpin()
         self._blocks = self._blocks[:0]
         self._out.clear()
         self._in.clear()
 
     def _copying(self) -> AbstractContextManager[object]:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+
+def _next(places: deque[_Place]) -> _Place:
+    """The place that was used longest ago."""
+    places.rotate(-1)
+    return places[-1]
+
+
+def _unpin(blocks: Tensor | None) -> None:
+    if blocks is not None:
+        torch.cuda.cudart().cudaHostUnregister(blocks.data_ptr())
 
 
 class _Place:
