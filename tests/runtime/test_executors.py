@@ -119,6 +119,32 @@ def test_random_steps_cover_the_contract() -> None:
     assert any(len(set(np.diff(step.inputs.query_start))) > 2 for step in steps)
 
 
+@pytest.mark.parametrize(("name", "options"), EXECUTORS)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "hidden", "ffn", "vocab"),
+    [(3, 1, 10, 60, 77, 271), (1, 1, 256, 8, 7, 264), (12, 2, 6, 96, 33, 333), (5, 5, 112, 40, 1, 265)],
+)
+def test_sizes_that_fill_no_vector_equal_transformers(
+    name: str,
+    options: dict,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    hidden: int,
+    ffn: int,
+    vocab: int,
+    tmp_path: Path,
+) -> None:
+    sizes = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim}
+    reference = make_checkpoint(
+        tmp_path / "checkpoint", hidden_size=hidden, intermediate_size=ffn, vocab_size=vocab, **sizes
+    )
+    build(tmp_path / "checkpoint", tmp_path / "engine", block_size=SIZE)
+    executor = load_executor(tmp_path / "engine", name, num_blocks=BLOCKS, **options)
+    assert worst_difference(Model(tmp_path / "engine", reference), executor, range(1)) <= EXACT
+    executor.close()
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("name", "options"), EXECUTORS)
 def test_logits_match_transformers(models: dict, variant: str, name: str, options: dict) -> None:
