@@ -25,6 +25,14 @@ Values = Mapping[str, Any]
 """Inputs by name: a text, a number, a truth value, or a list of one kind."""
 
 
+_DIRECT = [
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+]
+"""A channel that takes no proxy: gRPC asks the one that `http_proxy` names even for this machine's own addresses."""
+
+
 class GrpcClient:
     """Talks to one model of a Triton server.
 
@@ -34,7 +42,7 @@ class GrpcClient:
     """
 
     def __init__(self, url: str, model: str = MODEL) -> None:
-        self._client = triton.InferenceServerClient(url)
+        self._client = triton.InferenceServerClient(url, channel_args=_DIRECT if _is_local(url) else None)
         self._model = model
         try:
             metadata = self._client.get_model_metadata(model)
@@ -102,6 +110,11 @@ class GrpcClient:
         tensor = triton.InferInput(name, array.shape, self._types[name])
         tensor.set_data_from_numpy(array)
         return tensor
+
+
+def _is_local(url: str) -> bool:
+    host = url.rpartition(":")[0].strip("[]")
+    return host in ("localhost", "::1") or host.startswith("127.")
 
 
 def _plain(array: np.ndarray[Any, Any]) -> Any:

@@ -145,7 +145,9 @@ class TestDemo:
         assert wait_for(lambda: not marked(mark)), marked(mark)
 
     def test_events_of_several_questions(self, tmp_path: Path) -> None:
-        done = run("-m", "apar.runtime.cli", "demo", QUESTION, "Hm?", "--events", "--max-tokens", "30", "-q")
+        proxies = dict.fromkeys(("http_proxy", "https_proxy", "grpc_proxy"), "http://127.0.0.1:9") | {"no_proxy": ""}
+        command = ["-m", "apar.runtime.cli", "demo", QUESTION, "Hm?", "--events", "--max-tokens", "30", "-q"]
+        done = run(*command, **proxies)  # which are for other machines
         assert done.returncode == 0, done.stderr
         events = [json.loads(line) for line in done.stdout.splitlines()]
         assert {event["request"] for event in events} == {0, 1}
