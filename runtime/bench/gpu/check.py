@@ -14,6 +14,7 @@ import torch
 from apar.plugins.gpu.assembler import fit_driver
 from apar.plugins.gpu.kernels.dot import INTERPRETED
 from apar.runtime.bench.gpu import answers, attention, correctness, decoding
+from apar.runtime.bench.gpu.host_copies import host_copies
 from apar.runtime.bench.gpu.machine import Machine
 from apar.runtime.bench.gpu.report import Report
 from apar.runtime.executor.cuda.executor import CudaExecutor
@@ -60,6 +61,7 @@ def check(output: Path, only: str, deadline: float, *, dry: bool, script: Path, 
         ("limits", 0, machine.measure_limits),
         ("kernels", 0, lambda: correctness.kernels(machine)),
         ("matrices", 0, lambda: correctness.matrices(machine)),
+        ("host blocks", 0, lambda: host_copies(machine)),
         ("tiny model", 30, lambda: correctness.tiny_model(machine)),
         ("7b layers", 30, lambda: correctness.seven_b(machine)),
         ("attention speed", 20, lambda: attention.attention(machine)),

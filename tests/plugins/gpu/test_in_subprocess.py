@@ -19,6 +19,7 @@ SECTIONS = [
     "limits",
     "kernels",
     "matrices",
+    "host blocks",
     "tiny model",
     "7b layers",
     "attention speed",
@@ -89,6 +90,7 @@ def test_gpu_check_runs_dry(tmp_path: Path) -> None:
     assert report["failed"] == [] and report["machine"]["dry_run"] is True
     assert list(report["sections"]) == SECTIONS
     assert not any("error" in found for found in report["sections"].values())
+    assert report["sections"]["host blocks"]["ok"]
     assert report["sections"]["tiny model"]["float32_equal"] == 1
     assert report["sections"]["tiny model"]["float32_ngram_equal"] == 1
     assert len(report["sections"]["decode steps"]["rows"]) == 2
