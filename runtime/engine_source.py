@@ -33,9 +33,10 @@ def named_directory(source: str | Path) -> Path:
 
 def cache_directory() -> Path:
     """Where engines that were built on the fly are kept: $APAR_CACHE, else the user's cache directory."""
-    root = os.environ.get("APAR_CACHE") or os.environ.get("XDG_CACHE_HOME")
-    base = Path(root) if root else Path.home() / ".cache"
-    return base if os.environ.get("APAR_CACHE") else base / "apar"
+    if own := os.environ.get("APAR_CACHE"):
+        return Path(own)
+    users = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (users if users.is_absolute() else Path.home() / ".cache") / "apar"  # XDG: relative paths are ignored
 
 
 def resolve_engine(source: str | Path, progress: Progress | None = None) -> Path:

@@ -90,6 +90,8 @@ def _run(arguments: list[str], debug: list[bool]) -> int:
         debug.append(True)
         logging.getLogger("apar").setLevel(logging.DEBUG)
     _tolerate_any_text()
+    if os.environ.get("COLUMNS") == "0":
+        del os.environ["COLUMNS"]  # some terminals' word for "unknown", which tables would take for a width
     code: int = module.run(options)
     sys.stdout.flush()
     return code

@@ -418,6 +418,12 @@ class TestGenerate:
 
 
 class TestInspect:
+    def test_a_terminal_of_unknown_width(
+        self, engine: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("COLUMNS", "0")
+        assert "parameters" in run(capsys, "inspect", engine)[0]
+
     def test_engine(self, engine: str, capsys: pytest.CaptureFixture[str]) -> None:
         facts = json.loads(run(capsys, "inspect", engine, "--json")[0])
         assert facts["kind"] == "engine" and facts["parameters"] == 109888

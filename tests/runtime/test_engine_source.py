@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from apar.export import onnx_engine
-from apar.runtime.engine_source import named_directory, resolve_engine, tiny_checkpoint
+from apar.runtime.engine_source import cache_directory, named_directory, resolve_engine, tiny_checkpoint
 from apar.runtime.file_lock import file_lock
 
 RESOLVE = """
@@ -111,3 +111,15 @@ def test_threads_of_one_process_build_once(monkeypatch: pytest.MonkeyPatch) -> N
         thread.join(120)
     assert len(found) == 4 and len(set(found)) == 1
     assert builds == [found[0]]
+
+
+def test_the_cache_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("APAR_CACHE", "relative")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_directory() == Path("relative")
+    monkeypatch.setenv("APAR_CACHE", "")
+    assert cache_directory() == tmp_path / "xdg" / "apar"
+    for value in ("", "relative"):
+        monkeypatch.setenv("XDG_CACHE_HOME", value)
+        assert cache_directory() == tmp_path / ".cache" / "apar"
