@@ -136,6 +136,10 @@ class Scheduler:
         """Take a running request's blocks and queue it again; its branches keep their tokens."""
         self._preemption.preempt(request)
 
+    def use_policy(self, policy: FirstCome) -> None:
+        """Let another fork policy decide from the next step on: for those who study policies."""
+        self.policy = self._admission.policy = self._fork_bans.policy = policy
+
     # ---------------------------------------------------------------- what there is
 
     @property

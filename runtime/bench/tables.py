@@ -158,6 +158,36 @@ def show_replay(result: Result, console: Console | None = None) -> None:
     console.print(escape(f"times are those of the cost model {model['name']}, not of a device"))
 
 
+def show_foresight(result: Result, console: Console | None = None) -> None:
+    """Fork policies beside schedules that know more, and the bound."""
+    console = console or Console(highlight=False)
+    chosen, bound = result["settings"], result["bound"]
+    rate = chosen["requests_per_second"]
+    load = f"{chosen['concurrency']} in flight" if rate is None else f"{rate:g} a second"
+    table = new_table(escape(f"{result['requests']} replies of {chosen['workload']}, {load}, in virtual time"))
+    table.add_column()
+    for name in ("turned away", "goodput", "in time", "requests/s", "of always"):
+        table.add_column(name, justify="right")
+    always = result["always"]["goodput"]
+    lines = [("always", result["always"]), ("adaptive", result["adaptive"])]
+    lines += [("adaptive, told who has most work", entry) for entry in result["adaptive_told_the_heaviest"]]
+    lines += [("all answers known", entry) for entry in result["all_known"]]
+    for name, entry in lines:
+        table.add_row(
+            name,
+            f"{entry['given_up']:.0%}" if "given_up" in entry else "",
+            f"{entry['goodput']:.2f}",
+            f"{entry['share']:.1%}",
+            f"{entry['requests_per_second']:.2f}",
+            f"{entry['goodput'] / always:.2f}x" if always else "-",
+        )
+    console.print(table)
+    console.print(
+        f"no schedule with these forks exceeds {bound['requests_per_second']:.2f} requests/s: "
+        f"{bound['seconds']:.2f} s at least, by {bound['due_to']}"
+    )
+
+
 def show_serve(result: Result, console: Console | None = None) -> None:
     """A service under load, and beside it the runtime alone where it was measured."""
     console = console or Console(highlight=False)

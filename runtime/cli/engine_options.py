@@ -97,6 +97,11 @@ def add_policy_options(group: argparse._ArgumentGroup) -> None:
         default="always",
         help="who may fork: everybody, nobody, or as far as the service level of all allows (default: always)",
     )
+    add_service_level_options(group)
+
+
+def add_service_level_options(group: argparse._ArgumentGroup) -> None:
+    """What is in time."""
     group.add_argument(
         "--slo-first-token",
         type=positive,

@@ -20,6 +20,7 @@ KINDS = {
     "weights": "the GPU's weight formats: what bf16, fp16, int8 and fp8 cost, measured on the CPU",
     "serve": "a service under load: throughput, time to first token, its own cost beside the runtime's",
     "replay": "scheduling under load: recorded answers on a virtual clock, without any model",
+    "foresight": "how far fork policies are from schedules that know every answer, and from a bound for all",
     "report": "one page with charts, made of what the others printed",
 }
 """Name and summary. The module of the same name has `DESCRIPTION`, `add_options(parser)`, `measure(options)`, which
@@ -30,7 +31,7 @@ Measure an engine or the runtime. `apar bench WHAT --help` says what is measured
 
 {kinds}
 """
-NOT_OF_THIS_MACHINE = ("replay",)
+NOT_OF_THIS_MACHINE = ("replay", "foresight")
 
 
 def make_parser() -> Parser:

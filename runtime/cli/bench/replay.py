@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from apar.export.errors import RequestError
 from apar.runtime.cli.bench.progress import show_progress
@@ -14,6 +14,9 @@ from apar.runtime.cli.engine_options import (
     scheduler_limits,
 )
 from apar.runtime.cli.parser import Parser, positive, whole
+
+if TYPE_CHECKING:
+    from apar.runtime.bench.workload import Workload
 
 DESCRIPTION = """\
 Replay recorded answers through the engine, the scheduler and the KV books, without and with branches, at any load. No
@@ -29,6 +32,26 @@ requests that got their first token and their end within the service level.
 
 def add_options(parser: Parser) -> None:
     """Options of this measurement."""
+    load, server = add_load_options(parser), add_server_options(parser)
+    load.add_argument(
+        "--same-prompts",
+        action="store_true",
+        help="an answer that is given again was asked for with the same prompt, as in conversations about one text; "
+        "otherwise the prefix cache finds nothing of one prompt in another",
+    )
+    server.add_argument(
+        "--host-blocks",
+        type=whole(0),
+        default=0,
+        metavar="N",
+        help="blocks of host memory that keep what is evicted from the pool, at the host_bytes_per_second of the cost "
+        "model (default: 0, what is missing is computed again)",
+    )
+    add_policy_options(server)
+
+
+def add_load_options(parser: Parser) -> argparse._ArgumentGroup:
+    """What is replayed, and when; see `planned`."""
     load = parser.add_argument_group("load")
     load.add_argument(
         "--trees",
@@ -50,24 +73,15 @@ def add_options(parser: Parser) -> None:
         metavar="N",
         help="how many, over the answers again and again (default: each once, but four times --concurrency at least)",
     )
-    load.add_argument(
-        "--same-prompts",
-        action="store_true",
-        help="an answer that is given again was asked for with the same prompt, as in conversations about one text; "
-        "otherwise the prefix cache finds nothing of one prompt in another",
-    )
     load.add_argument("--seed", type=whole(0), default=0, metavar="S", help="of the order and the arrivals")
+    return load
+
+
+def add_server_options(parser: Parser) -> argparse._ArgumentGroup:
+    """Sizes, and what a step costs."""
     server = parser.add_argument_group("server")
     server.add_argument(
         "--kv-blocks", type=whole(1), metavar="B", help="blocks in the KV pool (default: what the cost model says fits)"
-    )
-    server.add_argument(
-        "--host-blocks",
-        type=whole(0),
-        default=0,
-        metavar="N",
-        help="blocks of host memory that keep what is evicted from the pool, at the host_bytes_per_second of the cost "
-        "model (default: 0, what is missing is computed again)",
     )
     server.add_argument("--block-size", type=whole(1, 1024), default=16, metavar="N", help="tokens in a block")
     server.add_argument(
@@ -86,22 +100,27 @@ def add_options(parser: Parser) -> None:
         help="what a step costs: 7b-h200 (Llama 7B in bfloat16 on one H200), or a JSON object with any of its fields, "
         "which are in the output of --json",
     )
-    add_policy_options(server)
+    return server
+
+
+def planned(options: argparse.Namespace) -> Workload:
+    """The workload that the load options ask for. Raises what `plan_workload` does."""
+    from apar.runtime.bench.workload import plan_workload
+
+    names = ("requests", "requests_per_second", "concurrency", "seed")
+    return plan_workload(options.trees, **{name: getattr(options, name) for name in names})
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """The result, as `--json` prints it."""
     from apar.runtime.bench.cost_model import load_cost_model
     from apar.runtime.bench.replay import ReplayBench
-    from apar.runtime.bench.workload import plan_workload
 
-    names = ("requests", "requests_per_second", "concurrency", "seed")
     try:
         limits = scheduler_limits(options)
         model = load_cost_model(options.cost_model)
-        workload = plan_workload(options.trees, **{name: getattr(options, name) for name in names})
         bench = ReplayBench(
-            workload,
+            planned(options),
             model,
             kv_blocks=options.kv_blocks,
             block_size=options.block_size,
