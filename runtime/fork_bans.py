@@ -50,17 +50,18 @@ class ForkBans:
             last: [L] the last token of each.
         """
         requests, owners = self.requests, groups.owners
-        live, most = requests.live[owners], requests.max_branches[owners]
-        full = (live >= most) | (requests.remaining[owners] <= live)
+        live = requests.live[owners]
+        room = requests.max_branches[owners] - live
+        full = (room <= 0) | (requests.remaining[owners] <= live)
         banned: BoolArray = full[groups.place]
         banned |= length > self.table.fork_limit[slots]
         banned |= last == self.tokens.fork
         banned |= last == self.tokens.child
-        if np.count_nonzero(~full & (live + groups.sizes > most)):
+        if np.count_nonzero(~full & (groups.sizes > room)):
             # Not all rows of some request may fork: the first ones, of those that nothing else forbids it.
-            candidates = ~banned
-            before: IntArray = candidates.cumsum() - candidates
-            banned |= (live - before[groups.starts])[groups.place] + before >= most[groups.place]
+            able = (~banned).astype(np.int64)
+            before = able.cumsum() - able
+            banned |= before >= (room + before[groups.starts])[groups.place]
         if banned.size - np.count_nonzero(banned) > self.table.num_free:
             candidates = ~banned
             banned |= candidates.cumsum() > self.table.num_free

@@ -20,8 +20,8 @@ class RequestTable:
         self._free = list(range(capacity - 1, -1, -1))
         self.remaining = np.zeros(capacity, dtype=np.int64)
         """Tokens of `max_tokens` that are left to sample, over the whole tree."""
-        self.max_branches = np.zeros(capacity, dtype=np.int32)
-        self.live = np.zeros(capacity, dtype=np.int32)
+        self.max_branches = np.zeros(capacity, dtype=np.int64)
+        self.live = np.zeros(capacity, dtype=np.int64)
         """Live branches."""
         self.held = np.zeros(capacity, dtype=np.int32)
         """Distinct blocks that the request's branches refer to."""

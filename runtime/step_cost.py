@@ -111,4 +111,4 @@ def kv_read(inputs: StepInputs, block_size: int) -> int:
     """Tokens whose K/V a step reads: every row its path, blocks that a group of siblings shares once."""
     bounds = inputs.prefix_rows
     again = bounds[1:] - bounds[:-1] - 1
-    return int(np.add.reduce(inputs.kv_len)) - block_size * int(inputs.prefix_blocks @ again)
+    return int(np.add.reduce(inputs.kv_len)) - block_size * int(inputs.prefix_blocks.dot(again))
