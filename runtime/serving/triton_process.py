@@ -101,20 +101,23 @@ class TritonProcess:
             _check_path(settings.server.backends, "the server", "install it elsewhere ($APAR_CACHE), and name it")
         http, metrics = self._port("HTTP", settings.http_port), self._port("metrics", settings.metrics_port)
         grpc = None if settings.grpc_port is None else self._port("gRPC", settings.grpc_port)
-        host = LOOPBACK if settings.address in ("0.0.0.0", "::") else settings.address
+        host = {"0.0.0.0": LOOPBACK, "::": "::1"}.get(settings.address, settings.address)
         host = f"[{host}]" if ":" in host else host
         self.addresses = TritonAddresses(f"{host}:{http}", f"{host}:{metrics}", f"{host}:{grpc}" if grpc else None)
+        # libevent and gRPC write IPv6 addresses in ways of their own.
+        ipv6 = ":" in settings.address
+        plain, bracketed = (f"ipv6:{settings.address}", f"[{settings.address}]") if ipv6 else (settings.address,) * 2
         options = [
             f"--model-repository={settings.repository}",
             "--disable-auto-complete-config",
-            f"--http-address={settings.address}",
+            f"--http-address={plain}",
             f"--http-port={http}",
-            f"--metrics-address={settings.address}",
+            f"--metrics-address={plain}",
             f"--metrics-port={metrics}",
             f"--exit-timeout-secs={settings.exit_timeout}",
             f"--backend-config=python,shm-region-prefix-name={self.shared_memory_prefix}",
         ]
-        options += [f"--grpc-address={settings.address}", f"--grpc-port={grpc}"] if grpc else ["--allow-grpc=false"]
+        options += [f"--grpc-address={bracketed}", f"--grpc-port={grpc}"] if grpc else ["--allow-grpc=false"]
         command = settings.server.command(*options)
         environment = settings.server.environment()
         environment |= {**settings.environment, traces.VARIABLE: self.identity, "TMPDIR": str(self._folder)}

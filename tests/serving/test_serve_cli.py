@@ -18,6 +18,7 @@ from served_process import ServedProcess, wait_for
 from apar.runtime.cli import main
 from apar.runtime.llm import LLM
 from apar.runtime.sampling_params import SamplingParams
+from apar.runtime.serving.grpc_client import GrpcClient
 
 ROOT = Path(__file__).resolve().parents[2]
 QUESTION = "Give me four facts about owls."
@@ -71,6 +72,23 @@ class TestServe:
             assert "triton_grpc" not in plain.urls and "own ports" not in plain.said()
             commands = [c for c in marked(f"APAR_SERVE_ID={plain.identity()}") if "tritonserver" in c]
             assert any("--allow-grpc=false" in c and "--http-address=127.0.0.1" in c for c in commands)
+
+    @pytest.mark.parametrize("address", ["::1", "::"])
+    def test_triton_at_an_ipv6_address(self, address: str, tiny_engine: Path, tmp_path: Path) -> None:
+        try:
+            socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+        except OSError:
+            pytest.skip("this machine has no IPv6")
+        ports = [f"--triton-{name}-port=0" for name in ("grpc", "http", "metrics")]
+        with ServedProcess(tiny_engine, tmp_path / "served", "--triton-address", address, *ports) as served:
+            for name in ("triton_grpc", "triton_http"):
+                assert served.urls[name].startswith("[::1]:")
+            host, port = served.urls["triton_http"].rsplit(":", 1)
+            with socket.create_connection((host.strip("[]"), int(port)), timeout=10):
+                pass
+            with GrpcClient(served.urls["triton_grpc"]) as client:
+                responses = list(client.stream({"text_input": QUESTION, "max_tokens": 3}))
+            assert responses[-1].final
 
     def test_model_that_does_not_load_says_why(self, tiny_engine: Path) -> None:
         arguments = ["serve", tiny_engine, "--port", "0", "--executor", "torch", "--graph", "native"]
