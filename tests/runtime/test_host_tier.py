@@ -302,6 +302,23 @@ class TestScheduling:
             if not request.error:
                 assert shape(request.root) == shape(reference_tree(text, LONG, 96))
 
+    @pytest.mark.parametrize("steps", [3, 9, 20])
+    def test_who_found_a_block_that_did_not_come_computes_it(self, steps: int) -> None:
+        """A request that decodes but had no row in the step that failed."""
+        executor = PathExecutor(400, 4, 96, 60)
+        engine = Engine(executor, LIMITS)
+        requests = [engine.submit(str(i), text, LONG) for i, text in enumerate(texts(6))]
+        for _ in range(steps):
+            engine.step()
+        other = next(r for r in requests if r.live and not engine.scheduler.requests.catching_up[r.index])
+        block = int(engine.scheduler.table.blocks(other.live[0].slot)[0])
+        executor.slots.reshape(400, 4)[block] = -7
+        engine.cache.forget([block])
+        engine.scheduler.catching.distrust({block})
+        engine.scheduler.check()
+        run(engine)
+        assert [shape(r.root) for r in requests] == [shape(reference_tree(text, LONG, 96)) for text in texts(6)]
+
     def test_host_blocks_need_the_prefix_cache(self) -> None:
         with pytest.raises(CapacityError, match="prefix_caching is off"):
             Engine(PathExecutor(40, 4, 96, 8), dataclasses.replace(LIMITS, prefix_caching=False))
