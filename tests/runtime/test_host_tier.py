@@ -203,6 +203,28 @@ class TestBooks:
         books.cache.check()
         assert books.cache.match(one).size == 0 and books.host.num_held == 4
 
+    def test_what_is_evicted_again_is_among_the_last_to_go(self) -> None:
+        host = HostTier(2)
+        one, other, third = chain(1, 1), chain(2, 1), chain(3, 1)
+        host.keep([5, 6], [*one, *other])
+        host.take_swaps()
+        host.bring_back(host.pin(one), [3])
+        host.take_swaps()
+        host.keep([3, 7], [*one, *third])
+        assert [digest in host for digest in (*one, *other, *third)] == [True, False, True]
+
+    def test_what_is_forgotten_is_not_copied(self) -> None:
+        host = HostTier(2)
+        path = chain(1, 2)
+        host.keep([5, 6], path)
+        host.forget(path[0])
+        host.check({})
+        assert host.take_swaps()[0][:, 0].tolist() == [6]
+        host.bring_back(host.pin(path[1:]), [3])
+        host.forget(path[1])
+        host.check({})
+        assert not host.take_swaps()[1].size and host.num_held == 0
+
     def test_damaged_books_are_found(self) -> None:
         def broken() -> Books:
             books = Books(4, 8)
@@ -301,6 +323,26 @@ class TestScheduling:
         for text, request in zip(texts(12), requests, strict=True):
             if not request.error:
                 assert shape(request.root) == shape(reference_tree(text, LONG, 96))
+
+    def test_what_a_failed_step_was_to_bring_to_one_who_waits(self) -> None:
+        """A prompt found in host memory while another one has all tokens of the step, which fails."""
+        executor = PathExecutor(30, 4, 96, 60)
+        engine = Engine(executor, dataclasses.replace(LIMITS, max_rows=4, max_step_tokens=8))
+        params = dataclasses.replace(LONG, fork=False, max_branch_tokens=4)
+        first = engine.submit("first", texts(1)[0], params)
+        run(engine)
+        engine.cache.release(engine.cache.allocate(30))  # all that is cached goes to host memory with the next step
+        failing = engine.submit("failing", list(range(3, 19)), params)
+        waiting = engine.submit("waiting", first.prompt, params)
+        executor.fail_next = True
+        engine.step()
+        assert failing.error and not waiting.error and engine.cache.host is not None
+        assert engine.cache.host.swapped_in > 3 and engine.cache.host.num_held == 0
+        run(engine)
+        again = engine.submit("again", first.prompt, params)
+        run(engine)
+        expected = shape(reference_tree(first.prompt, params, 96))
+        assert [shape(r.root) for r in (first, waiting, again)] == [expected] * 3
 
     @pytest.mark.parametrize("steps", [3, 9, 20])
     def test_who_found_a_block_that_did_not_come_computes_it(self, steps: int) -> None:
