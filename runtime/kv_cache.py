@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 ROOT_DIGEST = b""
 ONE = np.int32(1)
 """A typed number: with a plain one `ufunc.at` takes ten times as long."""
-NONE: IntArray = np.zeros(0, dtype=np.int64)
+NO_ENTRIES: IntArray = np.zeros(0, dtype=np.int64)
 
 
 class KVCacheError(AparError):
@@ -61,6 +61,7 @@ class KVCache:
         self.host = host
         self.references = np.zeros(num_blocks, dtype=np.int32)
         self._entry = np.empty(num_blocks, dtype=np.int64)
+        """Scratch, by block: an entry of what is being released."""
         self._free = np.arange(num_blocks - 1, -1, -1, dtype=np.int32)
         self._num_free = num_blocks
         self._digests: list[bytes | None] = [None] * num_blocks
@@ -122,7 +123,7 @@ class KVCache:
         left = self.references[index]
         least = left[left.argmin()] if left.size else 1
         if least > 0:
-            return NONE
+            return NO_ENTRIES
         if least < 0:
             np.add.at(self.references, index, ONE)
             raise KVCacheError(f"block {int(blocks[left.argmin()])} is released more often than it was taken")

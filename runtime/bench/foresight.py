@@ -24,14 +24,14 @@ from apar.runtime.branch_table import BranchTable
 from apar.runtime.catching_up import CatchingUp
 from apar.runtime.counters import ForkDenial, SchedulerCounters
 from apar.runtime.executor.recorded_trees import Tree, text_tokens
-from apar.runtime.fork_policy import BoolArray, FirstCome
+from apar.runtime.fork_policy import FirstCome
 from apar.runtime.limits import SchedulerLimits
 from apar.runtime.pacing import Pacing
 from apar.runtime.request_queues import RequestQueues
 from apar.runtime.request_table import RequestTable
 from apar.runtime.row_groups import RowGroups
 from apar.runtime.scheduler import Scheduler
-from apar.runtime.step import IntArray
+from apar.runtime.step import BoolArray, IntArray
 from apar.runtime.step_cost import StepCost
 
 GIVEN_UP = (0.03, 0.07)
@@ -185,7 +185,7 @@ class Foreseeing(Adaptive):
 
     def begin_step(self, now: float) -> None:
         """See FirstCome.begin_step."""
-        self._last_kv = None
+        self._last_kv = self._last_paths = None
         rows = self.queues.rows()
         known = [*self.queues.running, *self.queues.waiting]
         numbers = np.array([number(request) for request in known], dtype=np.int64)
@@ -213,8 +213,9 @@ class Foreseeing(Adaptive):
         first = self.queues.waiting[0]
         return FirstCome.next_waiting(self) if first.late else first
 
-    def take_turns(self, rows: IntArray, groups: RowGroups, seats: int) -> BoolArray | None:
+    def take_turns(self, rows: IntArray, seats: int) -> BoolArray | None:
         """See FirstCome.take_turns."""
+        groups = self.queues.groups_of(rows)
         owners, kv = groups.owners, self._kv(rows, groups)
         late = self.requests.late[owners]
         order = np.lexsort((np.where(late, -self._left[owners], self._pace[owners]), late))
