@@ -18,7 +18,7 @@ import numpy.typing as npt
 from apar.runtime.adaptive import LEAST_CHUNK, Adaptive
 from apar.runtime.bench.cost_model import CostModel, ModelStepCost
 from apar.runtime.bench.replay import ReplayBench
-from apar.runtime.bench.workload import Workload
+from apar.runtime.bench.workload import Workload, forks
 from apar.runtime.branch import Request
 from apar.runtime.branch_table import BranchTable
 from apar.runtime.catching_up import CatchingUp
@@ -74,8 +74,8 @@ class Answer:
         """Replay one answer alone."""
         limits = dataclasses.replace(limits, fork_policy="always")
         workload = Workload("one", [tree], [0], None)
-        longest = -(-workload.longest_path // block_size)
-        bench = ReplayBench(workload, model, kv_blocks=4 * longest, block_size=block_size, limits=limits)
+        plenty = (2 + forks(tree)) * -(-workload.longest_path // block_size)
+        bench = ReplayBench(workload, model, kv_blocks=plenty, block_size=block_size, limits=limits)
         bench.run()
         records = bench.executor.records
         return cls(
