@@ -27,8 +27,8 @@ class OutputDirectory:
     """
 
     def __init__(self, target: Path, *, overwrite: bool, needed_bytes: int) -> None:
-        """Raises nothing; all checks are made on entering."""
-        self._target = target.absolute()
+        """Raises nothing; all checks are made on entering. What a link points to is made or replaced, not the link."""
+        self._target = Path(os.path.realpath(target))
         self._overwrite = overwrite
         self._needed = needed_bytes
         self._mark = f"{os.getpid()}-{secrets.token_hex(4)}"

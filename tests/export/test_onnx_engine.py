@@ -83,6 +83,17 @@ def header(checkpoint: Path) -> int:
     return 8 + int.from_bytes((checkpoint / "model.safetensors").read_bytes()[:8], "little")
 
 
+def test_a_link_is_followed(checkpoint: Path, tmp_path: Path) -> None:
+    disk, link = tmp_path / "disk", tmp_path / "engine"
+    disk.mkdir()
+    link.symlink_to(disk / "engine")
+    for size in (16, 32):
+        build(checkpoint, link, overwrite=True, block_size=size)
+        assert link.is_symlink() and m.Manifest.load(disk / "engine").block_size == size
+    assert [path.name for path in disk.iterdir()] == ["engine"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "engine"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
