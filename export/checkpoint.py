@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from apar.export.checkpoint_hints import quantized_hint, what_is_there
+from apar.export.checkpoint_hints import names_hint, what_is_there
 from apar.export.errors import CheckpointError
 from apar.export.llama_config import LlamaConfig, read_config, read_json
 from apar.export.manifest import DecoderConfig
@@ -178,7 +178,7 @@ def _select(found: Mapping[str, StoredTensor], config: DecoderConfig, directory:
     expected = dict(expected_tensors(config))
     missing = [name for name in expected if name not in found]
     if missing:
-        hint = quantized_hint(found)
+        hint = names_hint(found)
         if missing == ["lm_head.weight"]:
             hint = ' (if the model shares it with its embeddings, config.json must say "tie_word_embeddings": true)'
         raise CheckpointError(f"{directory} lacks tensors of the model in its config.json: {_list(missing)}{hint}")

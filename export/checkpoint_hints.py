@@ -9,6 +9,7 @@ _OTHER_FORMATS = {
     ".gguf": "a GGUF file", ".pth": "Meta's own format", ".msgpack": "weights of Flax", ".h5": "weights of TensorFlow",
 }  # fmt: skip
 _QUANTIZED = (".qweight", ".qzeros", ".SCB", ".absmax", ".weight_scale", ".weight_packed")
+_EMBEDDING = "model.embed_tokens.weight"
 _ADAPTER = "adapter_config.json"
 _NAMED = ("config.json", "model.safetensors.index.json", "model.safetensors")
 
@@ -40,7 +41,21 @@ def what_is_there(directory: Path) -> str:
     return f"rename {named[0].name} to model.safetensors if that is the variant to build" if named else ""
 
 
-def quantized_hint(tensors: Iterable[str]) -> str:
+def names_hint(tensors: Iterable[str]) -> str:
+    """A note where the names of tensors are those of a quantised checkpoint, or of a model in another place."""
+    names = list(tensors)
+    for name in names:
+        if name.endswith(_EMBEDDING) and name != _EMBEDDING:
+            wrapped = name.removesuffix(_EMBEDDING)
+            return (
+                f" (its names begin with {wrapped!r}: save the model itself, not what was wrapped around it to train)"
+            )
+        if name == _EMBEDDING.removeprefix("model."):
+            return " (its names lack 'model.': save the model with its lm_head, not the decoder inside it)"
+    return _quantized_hint(names)
+
+
+def _quantized_hint(tensors: Iterable[str]) -> str:
     """A note where the names of tensors are those of a quantised checkpoint."""
     if any(name.endswith(_QUANTIZED) for name in tensors):
         return " (its tensors are quantised already; give the float checkpoint and quantise in the build)"

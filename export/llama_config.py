@@ -21,6 +21,8 @@ from apar.export.rope import rope_from_config
 CONFIG_NAME = "config.json"
 _MODELS = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 """`model_type`s that are built, and their architectures."""
+_QUANTIZED = ("quantization_config", "compression_config", "quantization")
+"""Keys that tell of weights in fewer bits: Hugging Face's, an earlier one of compressed-tensors, MLX's."""
 _DEFAULT_WINDOW = 4096
 """Of Mistral and Qwen2, where the config is silent."""
 _LARGEST_SIZE = 1 << 24
@@ -132,8 +134,8 @@ def _supported_model(config: Mapping[str, Any], path: Path) -> str:
         )
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
         raise CheckpointError(f"{path}: hidden_act {config['hidden_act']!r} is not supported; APAR builds 'silu'")
-    if quantized := config.get("quantization_config"):
-        method = quantized.get("quant_method", "unknown") if isinstance(quantized, Mapping) else quantized
+    if quantized := next((config[key] for key in _QUANTIZED if config.get(key)), None):
+        method = quantized.get("quant_method", "unknown method") if isinstance(quantized, Mapping) else quantized
         raise CheckpointError(
             f"{path}: the checkpoint is quantised already ({method}), which is not supported; "
             "give the float checkpoint and quantise in the build (--quantize)"

@@ -124,6 +124,7 @@ def test_config_is_read(originals: dict[str, Path], copy: Any) -> None:
         ({"eos_token_id": "end"}, "eos_token_id must be a token id"),
         ({"eos_token_id": 264}, "eos_token_id 264 is not below vocab_size 264"),
         ({"quantization_config": "awq"}, r"quantised already \(awq\)"),
+        ({"quantization": {"group_size": 64, "bits": 4}}, r"quantised already \(unknown method\)"),
         ({"quantization_config": ["awq"]}, r"quantised already \(\['awq'\]\)"),
         ({"architectures": "LlamaForCausalLM"}, "architectures must be a list of names"),
         ({"architectures": 5}, "architectures must be a list of names"),
@@ -215,6 +216,21 @@ def test_hugging_face_cache(copy: Any, tmp_path: Path) -> None:
     (blobs / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"its config\.json is a link to a file that is gone"):
         Checkpoint.open(snapshot)
+
+
+@pytest.mark.parametrize(
+    ("rename", "message"),
+    [
+        (lambda name: f"base_model.model.{name}", r"its names begin with 'base_model\.model\.': save the model itself"),
+        (lambda name: name.removeprefix("model."), r"its names lack 'model\.': save the model with its lm_head"),
+    ],
+)
+def test_names_of_a_model_in_another_place(copy: Any, rename: Any, message: str) -> None:
+    path = copy() / "model.safetensors"
+    header, data = header_of(path)
+    write_header(path, {rename(name) if name != "__metadata__" else name: at for name, at in header.items()}, data)
+    with pytest.raises(CheckpointError, match=message):
+        Checkpoint.open(path.parent)
 
 
 def test_quantised_tensors_are_named(copy: Any) -> None:
