@@ -245,13 +245,18 @@ def _parameters(options: argparse.Namespace, directory: Path, limits: Any) -> di
     return parameters
 
 
+def default_model_name(engine: str) -> str:
+    """The last part of ENGINE. A link's own name counts: clients must not see what `current` points to today."""
+    return Path(os.path.abspath(engine)).name
+
+
 def _gateway_settings(options: argparse.Namespace, directory: Path, keys: tuple[str, ...]) -> GatewaySettings:
     from apar.export.manifest import MANIFEST_NAME, Manifest
     from apar.runtime.serving.file_limit import allow_connections
     from apar.runtime.serving.gateway.settings import MAX_CONNECTIONS, GatewaySettings
 
     return GatewaySettings(
-        model_name=options.model_name or Path(options.engine).resolve().name,
+        model_name=options.model_name or default_model_name(options.engine),
         max_context=Manifest.load(directory).decoder.max_context,
         created=int((directory / MANIFEST_NAME).stat().st_mtime),
         api_keys=keys,

@@ -16,6 +16,7 @@ import pytest
 from served_process import ServedProcess, wait_for
 
 from apar.runtime.cli import main
+from apar.runtime.cli.serve import default_model_name
 from apar.runtime.llm import LLM
 from apar.runtime.sampling_params import SamplingParams
 from apar.runtime.serving.grpc_client import GrpcClient
@@ -124,6 +125,18 @@ class TestServe:
         done = run("-m", "apar.runtime.cli", "serve", tiny_engine, "--port", "0", TMPDIR=str(folder))
         assert done.returncode == 1 and not any(folder.iterdir())
         assert "starts no model from a path with ' ' in it; choose another folder for it with TMPDIR" in done.stderr
+
+    def test_a_link_gives_its_own_name_to_the_model(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "engine-7").mkdir()
+        (tmp_path / "current").symlink_to(tmp_path / "engine-7")
+        monkeypatch.chdir(tmp_path / "engine-7")
+        for engine, name in (
+            ("../current", "current"),
+            ("../current/", "current"),
+            (".", "engine-7"),
+            ("tiny", "tiny"),
+        ):
+            assert default_model_name(engine) == name
 
     def test_too_few_open_files(self, tiny_engine: Path) -> None:
         command = f"ulimit -n 300; exec {sys.executable} -m apar.runtime.cli serve {tiny_engine} --port 0"
