@@ -161,8 +161,10 @@ class Adaptive(FirstCome):
         kv = self._kv(self.queues.rows(), groups)
         if math.isfinite(self.budget):
             per_row = float(kv.sum()) / rows if rows else UNKNOWN_PATH
-            seconds = self.cost.seconds(self._sizes, self._sizes * per_row)
-            self.affordable_rows = max(1, int(np.searchsorted(seconds, self.budget, "right")))
+            most = self.limits.max_rows
+            if self.cost.one(most, most * per_row) > self.budget:
+                seconds = self.cost.seconds(self._sizes, self._sizes * per_row)
+                self.affordable_rows = max(1, int(np.searchsorted(seconds, self.budget, "right")))
         load.late_rows = int(groups.sizes[late].sum())
         load.rows = rows - load.late_rows
         need = self.pacing.need[groups.owners[~late]]
