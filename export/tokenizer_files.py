@@ -141,7 +141,7 @@ def _add_chat_template(directory: Path, config: dict[str, Any]) -> None:
     jinja, old = directory / "chat_template.jinja", directory / "chat_template.json"
     if jinja.is_file():
         try:
-            config["chat_template"] = jinja.read_text(encoding="utf-8")
+            config["chat_template"] = jinja.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise TokenizerError(f"{jinja} cannot be read ({error}); copy it again") from error
     elif old.is_file() and (template := read_json(old).get("chat_template")):

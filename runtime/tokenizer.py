@@ -276,7 +276,7 @@ def _chat_template(directory: Path, config: dict[str, Any]) -> str | None:
     path = directory / TEMPLATE_NAME
     if path.is_file():
         try:
-            return path.read_text(encoding="utf-8")
+            return path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise TokenizerError(f"{path} cannot be read ({error}); {REMEDY}") from error
     template = config.get("chat_template")

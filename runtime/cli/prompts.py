@@ -78,7 +78,7 @@ def read_prompts(path: Path, stdin: TextIO | None = None) -> list[PromptEntry]:
 
 
 def _read(stdin: TextIO) -> str:
-    return _checked(stdin.read(), "standard input").strip("\n")
+    return _checked(stdin.read(), "standard input").removeprefix("\ufeff").strip("\n")
 
 
 def _checked(text: str, where: str) -> str:

@@ -182,7 +182,7 @@ def _api_keys(options: argparse.Namespace) -> tuple[str, ...]:
     keys = list(options.api_key)
     if options.api_key_file is not None:
         try:
-            lines = options.api_key_file.read_text(encoding="utf-8").splitlines()
+            lines = options.api_key_file.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise ServingError(f"cannot read the keys of {options.api_key_file}: {error}") from error
         keys += [line.strip() for line in lines if line.strip()]

@@ -177,9 +177,10 @@ def test_added_tokens_and_template_from_every_place(tmp_path: Path) -> None:
     files = read_tokenizer(tmp_path)
     assert (files.ids["[SplitMask]"], files.ids["[SplitSop]"]) == (259, 260)
     assert files.config["chat_template"] == "old"
-    (tmp_path / "chat_template.json").write_text('{"chat_template": "from json"}')
+    byte_order_mark = {"encoding": "utf-8-sig"}  # as some editors write it
+    (tmp_path / "chat_template.json").write_text('{"chat_template": "from json"}', **byte_order_mark)
     assert read_tokenizer(tmp_path).config["chat_template"] == "from json"
-    (tmp_path / "chat_template.jinja").write_text("from jinja")
+    (tmp_path / "chat_template.jinja").write_text("from jinja", **byte_order_mark)
     assert read_tokenizer(tmp_path).config["chat_template"] == "from jinja"
 
 

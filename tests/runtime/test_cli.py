@@ -260,7 +260,7 @@ class TestGenerate:
     def test_standard_input(
         self, arguments: list[str], engine: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
+        monkeypatch.setattr(sys, "stdin", io.StringIO("\ufeffhello\n"))
         out, _ = run(capsys, "generate", engine, *arguments, *PLAIN, "--json")
         assert json.loads(out)["prompt"] == "hello"
 

@@ -45,7 +45,7 @@ def service(tiny_engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 def strict(tiny_engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedProcess]:
     """One with narrow limits and keys."""
     folder = tmp_path_factory.mktemp("strict")
-    (folder / "keys").write_text("first-key\nsecond-key\n")
+    (folder / "keys").write_text("first-key\nsecond-key\n", encoding="utf-8-sig")  # as some editors do
     limits = ["--max-requests", "8", "--max-body-mb", "0.01", "--deadline", "30"]
     with ServedProcess(tiny_engine, folder, "--api-key-file", str(folder / "keys"), *limits) as service:
         yield service
