@@ -241,13 +241,14 @@ def load_text_engine(
     limits: SchedulerLimits | None = None,
     *,
     draft: DraftOptions | str | None = None,
+    served: bool = False,
     **options: Any,
 ) -> TextEngine:
-    """Load an engine directory with its tokenizer; arguments as for `LLM`."""
+    """Load an engine directory with its tokenizer; arguments as for `LLM`, `served` as for `load_executor`."""
     chosen = DraftOptions.of(draft)
     tokenizer = Tokenizer.load(directory)
     sizes = limits or SchedulerLimits()
-    loaded = load_executor(directory, executor, room=(sizes.max_rows, sizes.max_step_tokens), **options)
+    loaded = load_executor(directory, executor, room=(sizes.max_rows, sizes.max_step_tokens), served=served, **options)
     try:
         return TextEngine(Engine(loaded, limits, draft=chosen), tokenizer)
     except BaseException:

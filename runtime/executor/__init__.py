@@ -27,13 +27,15 @@ _NO_HOST_BLOCKS = {
 }
 
 
-def load_executor(engine: Path, name: str = "auto", *, room: tuple[int, int] | None = None, **options: Any) -> Executor:
+def load_executor(
+    engine: Path, name: str = "auto", *, room: tuple[int, int] | None = None, served: bool = False, **options: Any
+) -> Executor:
     """Load an engine directory with the executor called `name`; "auto" is what suits the engine and this machine
     (`choice`).
 
     `package.module:Class` names an executor of one's own. Options are those of the executor's constructor, such as
     `num_blocks`; onnx also takes `device="cpu"`. room: (rows, tokens) of the largest steps that will come, for
-    executors that allocate by it.
+    executors that allocate by it. served: a server and its gateway work on this machine's cores, too.
     Raises ExecutorError for an unknown name or option, and what the constructor raises.
     """
     if name in ("auto", "onnx", "torch"):
@@ -46,6 +48,8 @@ def load_executor(engine: Path, name: str = "auto", *, room: tuple[int, int] | N
         device = options.pop("device", "auto")
         if device not in ("auto", "cpu"):
             raise ExecutorError(f"the onnx executor runs on the CPU, not on {device!r}; use the torch executor")
+        if served:
+            options = {"yields": True} | options
     if name in _NO_HOST_BLOCKS:
         given = [option for option in HOST_OPTIONS if options.pop(option, None)]
         if given:

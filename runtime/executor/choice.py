@@ -18,7 +18,7 @@ from apar.plugins.gpu.sizes import BLOCK_SIZES, HEAD_DIMS, LARGE_TILE
 
 logger = logging.getLogger(__name__)
 
-ONNX_OPTIONS = ("graph", "threads", "spinning")
+ONNX_OPTIONS = ("graph", "threads", "spinning", "yields")
 GPU_OPTIONS = ("weights", "dtype")
 OLDEST = (8, 0)
 """Compute capability that the GPU kernels need."""

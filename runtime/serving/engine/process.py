@@ -79,6 +79,7 @@ class EngineProcess:
                 settings.executor,
                 settings.limits,
                 draft=settings.draft,
+                served=True,
                 **settings.options,
             )
             warm_up(text)
