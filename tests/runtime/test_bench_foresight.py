@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cost_models import UNIT
 
 from apar.runtime.bench.cost_model import CostModel, ModelStepCost
 from apar.runtime.bench.foresight import Answer, Foreseeing, Told, bench_foresight, heaviest, parts, shortest_run
@@ -20,17 +21,6 @@ from apar.runtime.service_level import ServiceLevel
 PLAIN = {"prompt_tokens": 20, "segments": [[6, 0]]}
 FORKING = {"prompt_tokens": 20, "segments": [[6, 9], [3, 0]]}
 LONG = {"prompt_tokens": 20, "segments": [[90, 0]]}
-UNIT = CostModel(
-    name="unit",
-    weight_bytes=1000.0,
-    kv_bytes_per_token=1.0,
-    memory_bytes_per_second=1.0,
-    flops_per_token=0.0,
-    flops_per_pair=0.0,
-    overhead_seconds=5.0,
-    kv_pool_tokens=4096,
-)
-"""A second is a byte: every duration is a whole number that can be worked out by hand."""
 ADAPTIVE = SchedulerLimits(fork_policy="adaptive")
 
 

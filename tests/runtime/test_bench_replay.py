@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cost_models import UNIT
 
 from apar.export.errors import AparError, RequestError
 from apar.runtime.bench.cost_model import MAY_BE_ZERO, CostModel, StepWork, load_cost_model
@@ -30,17 +31,6 @@ MIXED: Trees = [
     {"prompt_tokens": 40, "segments": [[2, 3], [2, 30], [1, 12]]},
     {"prompt_tokens": 7, "segments": [[1, 2], [1, 0]]},
 ]
-UNIT = CostModel(
-    name="unit",
-    weight_bytes=1000.0,
-    kv_bytes_per_token=1.0,
-    memory_bytes_per_second=1.0,
-    flops_per_token=0.0,
-    flops_per_pair=0.0,
-    overhead_seconds=5.0,
-    kv_pool_tokens=4096,
-)
-"""A second is a byte: every duration is a whole number that can be worked out by hand."""
 
 POLICIES: tuple[ForkPolicy, ...] = ("always", "never")
 
