@@ -27,6 +27,8 @@ class Stream:
     def __init__(self, service: ServedProcess, max_tokens: int = 900) -> None:
         self.finish_reason: str | None = None
         self.error: Exception | None = None
+        self.pieces = 0
+        """Chunks with text."""
         self._begun = threading.Event()
         self._client = service.client()
         self._chunks = self._client.chat.completions.create(
@@ -40,6 +42,7 @@ class Stream:
         try:
             for chunk in self._chunks:
                 if chunk.choices[0].delta.content:
+                    self.pieces += 1
                     self._begun.set()
                 self.finish_reason = chunk.choices[0].finish_reason or self.finish_reason
         except Exception as error:
@@ -144,6 +147,7 @@ class TestEnd:
         for stream in streams:
             stream.wait()
             assert stream.error is None and stream.finish_reason == "length"
+            assert stream.pieces > 10, "the text comes as it is said"
         assert service.process.wait(WAIT_SECONDS) == 0
 
     def test_a_terminal_that_is_closed_ends_nothing_under_nohup(self, start: Any) -> None:
